@@ -1,0 +1,120 @@
+"""Command `lm-evaluate`: how well a bundle reads and draws the pictures of a store.
+
+    lm-evaluate model=runs/lm/model store=runs/store
+
+Leaves metrics.json and samples.png in `out`. `lm-train` ends with the same functions.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lm import metrics
+from lm.data import Pairs, open_store, read_pairs
+from lm.decoding import Sampling
+from lm.pipeline import Pipeline, contact_sheet, to_image
+from lm.sequence import Image
+from vqlm.command import command
+from vqlm.errors import ConfigError
+from vqlm.files import write_json
+from vqlm.hardware import Device
+
+
+def evaluate(
+    model: str,
+    store: str,
+    sampling: Sampling,
+    train_captions: int,
+    heldout_captions: int,
+    seed: int,
+    out: str,
+    device: Device,
+) -> None:
+    """Measure a saved bundle on the store of its tokenizer."""
+    pipeline = Pipeline.from_pretrained(model, device)
+    report(pipeline, store, Path(out), sampling, train_captions, heldout_captions, seed)
+
+
+def report(
+    pipeline: Pipeline,
+    store_folder: str,
+    out: Path,
+    sampling: Sampling,
+    train_captions: int,
+    heldout_captions: int,
+    seed: int,
+    extra: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Measure; write metrics.json and samples.png; print a table. Returns the metrics.
+
+    Drawn pictures are compared with the whole set as the image tokenizer reconstructs it: a store holds no pixels.
+    """
+    store = open_store(store_folder)
+    if store.tokenizer_fingerprint != pipeline.images.fingerprint:
+        raise ConfigError(
+            f"the store was made with tokenizer {store.tokenizer_fingerprint}, "
+            f"the model with {pipeline.images.fingerprint}: their codes do not mean the same"
+        )
+    result: dict[str, Any] = dict(extra or {})
+    result["sampling"] = vars(sampling) | {"seed": seed}
+    result["compared"] = "squared pixel distance to the set's reconstructions"
+    splits = {split: read_pairs(store, split, pipeline.encode_text) for split in ("train", "heldout")}
+    gallery, concepts = whole_set(pipeline, splits)
+    pictures, labels, first = [], [], 0
+    for split, count in (("train", train_captions), ("heldout", heldout_captions)):
+        pairs = splits[split]
+        if not len(pairs) or not count:
+            continue
+        print(f"drawing {min(count, len(pairs))} {split} captions", flush=True)
+        place = list(range(first, first + len(pairs)))
+        first += len(pairs)
+        drawing, drawn, chosen = metrics.drawing(pipeline, gallery, pairs, place, concepts, sampling, seed, count)
+        result[split] = {**metrics.losses(pipeline.model, pairs), "drawing": drawing}
+        result[split]["captioning"] = metrics.captioning(pipeline, pairs, count)
+        shown = metrics.spread(len(chosen), 32 if split == "train" else 16)
+        pictures += rows_of([to_image(drawn[i]) for i in shown])
+        labels += rows_of([f"{pairs.texts[chosen[i]]}" + (" (held out)" if split == "heldout" else "") for i in shown])
+    write_json(out / "metrics.json", result)
+    contact_sheet(pictures, labels).save(out / "samples.png")
+    print(table(result))
+    return result
+
+
+def whole_set(pipeline: Pipeline, splits: dict[str, Pairs]) -> tuple[Tensor, list[str]]:
+    """Reconstructions (N,3,H,W) of every stored picture, training ones first, and their concepts."""
+    pixels, concepts = [], []
+    for pairs in splits.values():
+        for codes in pairs.codes_NhwQ.split(256):
+            pixels.append(pipeline.decode([Image(c) for c in codes]))
+        concepts += pairs.concepts
+    return torch.cat(pixels), concepts
+
+
+def rows_of(items: list[Any], columns: int = 8) -> list[list[Any]]:
+    return [items[i : i + columns] for i in range(0, len(items), columns)]
+
+
+def table(result: dict[str, Any]) -> str:
+    """The numbers of metrics.json that a person reads first."""
+    head = ("captions", "in ten nearest", "chance", "variant followed", "chance", "image bits", "text bits", "caption F1")
+    lines = [f"{'':10}" + "".join(f"{h:>18}" for h in head)]
+    for split in ("train", "heldout"):
+        if split not in result:
+            continue
+        m = result[split]
+        d = m["drawing"]
+        variant = [f"{d['variant_followed']:.1%}", f"{d['variant_chance']:.1%}"] if "variants" in d else ["-", "-"]
+        cells = [str(d["captions"]), f"{d['among_ten_nearest']:.1%}", f"{d['chance']:.2%}", *variant]
+        cells += [f"{m['image_bits']:.3f}", f"{m['text_bits']:.3f}", f"{m['captioning']['word_f1']:.2f}"]
+        lines.append(f"{split:10}" + "".join(f"{c:>18}" for c in cells))
+    return "\n".join([*lines, "bits are per token, the other modality given"])
+
+
+main = command("lm_evaluate", evaluate)
+
+if __name__ == "__main__":
+    main()

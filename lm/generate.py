@@ -1,0 +1,53 @@
+"""Command `lm-generate`: a prompt → pictures.
+
+    lm-generate model=runs/lm/model prompt="a red apple" n=8 guidance=2 seed=1
+
+Leaves 000.png … and sheet.png in `out`; pictures of earlier prompts there are kept under their own names.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from lm.evaluate import rows_of
+from lm.pipeline import Pipeline, contact_sheet
+from vqlm.command import command
+from vqlm.errors import ConfigError
+from vqlm.hardware import Device
+
+
+def generate(
+    model: str,
+    prompt: str,
+    n: int,
+    guidance: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    out: str,
+    device: Device,
+) -> None:
+    """Draw n pictures of a prompt."""
+    if not 1 <= n <= 4096:
+        raise ConfigError(f"n={n}: from 1 to 4096 pictures")
+    pipeline = Pipeline.from_pretrained(model, device)
+    try:
+        pictures = pipeline.generate(prompt, n, guidance, temperature, top_k, top_p, seed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    target = Path(out)
+    target.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "picture"
+    for number, picture in enumerate(pictures):
+        picture.save(target / f"{name}-{seed}-{number:03d}.png")
+    sheet = target / f"{name}-{seed}-sheet.png"
+    contact_sheet(rows_of(pictures), rows_of([prompt] * n)).save(sheet)
+    print(f"{n} pictures: {target}   all on one sheet: {sheet}")
+
+
+main = command("lm_generate", generate)
+
+if __name__ == "__main__":
+    main()

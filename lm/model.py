@@ -1,0 +1,133 @@
+"""MultimodalLM: any Hugging Face causal LM with added rows for image ids, and a head on top.
+
+The language model stays a plain transformers model: its input rows embed all ids, its output rows score them.
+A stacked position's input is the sum of its Q rows. Knows ids and formats; nothing of strings, pictures or losses.
+
+Legend: B rows, T positions, W columns, C hidden width, K codebook size, V text ids and specials.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lm.heads import Head, Predicted, TrunkInputs, last_chosen
+from lm.sequence import NONE, SequenceFormat
+
+
+class MultimodalLM(nn.Module):
+    """lm: a causal LM whose vocabulary has been extended to `form.vocabulary.size` rows (`add_rows` does that)."""
+
+    def __init__(self, lm: PreTrainedModel, head: Head, form: SequenceFormat):
+        super().__init__()
+        rows = lm.get_input_embeddings().weight.shape[0]
+        if rows < form.vocabulary.size:
+            raise ValueError(f"the language model has {rows} rows, the vocabulary needs {form.vocabulary.size}")
+        if head.width != form.width:
+            raise ValueError(
+                f"the head predicts {head.width} ids per position, layout {form.layout.name!r} has {form.width}"
+            )
+        self.lm, self.head, self.form = lm, head, form
+
+    def teach(self, ids_BTW: Tensor, next_BTW: Tensor, mask: Tensor, positions_BT: Tensor) -> Predicted:
+        """Training pass. next_BTW: what follows each position (NONE: nothing to predict).
+
+        mask: (B,1,T,T) bool, True where a position may look. Returns hidden states of all positions and W features
+        (N,C) of the N positions that picture ids follow, in row-major order.
+        """
+        where_BT = self.is_image(next_BTW[..., 0])
+        shown_BTW = torch.where(where_BT[..., None], next_BTW, torch.full_like(next_BTW, NONE))
+        return self.head.teach(self._inputs(ids_BTW, mask, positions_BT, None), shown_BTW, where_BT)
+
+    def step(
+        self,
+        ids_BTW: Tensor,
+        mask: Tensor,
+        positions_BT: Tensor,
+        cache: Any,
+        choose_last: Callable[[int, Tensor], Tensor],
+    ) -> Predicted:
+        """Decoding pass over T new positions. choose_last(column, feature_BC) → ids (B) drawn after the last one."""
+        known_BTW = torch.cat([ids_BTW[:, 1:], torch.full_like(ids_BTW[:, :1], NONE)], 1)
+        image_BTW = torch.where(self.is_image(known_BTW[..., :1]), known_BTW, torch.full_like(known_BTW, NONE))
+        inputs = self._inputs(ids_BTW, mask, positions_BT, cache)
+        return self.head(inputs, last_chosen(image_BTW, choose_last))
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """(…,C) → (…,V): scores of text ids and specials, unmasked."""
+        return self._scores(hidden, slice(0, self.form.vocabulary.image_offset))
+
+    def image_logits(self, feature: Tensor, depth: int) -> Tensor:
+        """(…,C) → (…,K): scores of one depth's codes."""
+        return self._scores(feature, self.form.vocabulary.image_range(depth))
+
+    def is_image(self, ids: Tensor) -> Tensor:
+        return ids >= self.form.vocabulary.image_offset
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids (…) → rows (…,C); zeros where NONE."""
+        rows = self.lm.get_input_embeddings()(ids.clamp(min=0))
+        return rows * (ids >= 0).unsqueeze(-1)
+
+    def _inputs(self, ids_BTW: Tensor, mask: Tensor, positions_BT: Tensor, cache: Any) -> TrunkInputs:
+        trunk = self.lm.base_model
+        embedded_BTC = self.embed(ids_BTW).sum(2)
+
+        def run() -> Tensor:
+            return trunk(
+                inputs_embeds=embedded_BTC,
+                attention_mask=mask,
+                position_ids=positions_BT,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            ).last_hidden_state
+
+        return TrunkInputs(run, decoder_layers(trunk), self.embed)
+
+    def _scores(self, feature: Tensor, rows: slice) -> Tensor:
+        output = self.lm.get_output_embeddings()
+        bias = output.bias[rows] if getattr(output, "bias", None) is not None else None
+        return F.linear(feature, output.weight[rows], bias)
+
+
+def decoder_layers(trunk: nn.Module) -> nn.ModuleList:
+    """The list of decoder layers of a transformers trunk (`layers` in Llama-like ones, `h` in GPT-2-like ones)."""
+    for name in ("layers", "h"):
+        layers = getattr(trunk, name, None)
+        if isinstance(layers, nn.ModuleList):
+            return layers
+    raise ValueError(f"{type(trunk).__name__} has no list of layers named 'layers' or 'h'")
+
+
+def from_scratch(config: dict[str, Any], vocabulary_size: int, seed: int) -> PreTrainedModel:
+    """A language model with random weights. config: arguments of a transformers configuration, with `model_type`."""
+    config = dict(config)
+    if "model_type" not in config:
+        raise ValueError("the configuration of a new language model needs model_type, e.g. qwen3")
+    built = AutoConfig.for_model(config.pop("model_type"), **config, vocab_size=vocabulary_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(built, dtype=torch.float32, attn_implementation="sdpa")
+
+
+@torch.no_grad()
+def add_rows(lm: PreTrainedModel, first: int, size: int, seed: int) -> None:
+    """Extend a pretrained model to `size` rows, in place; ids below `first` keep their rows exactly.
+
+    New rows are drawn around the mean of the old ones with their standard deviation: transformers' default gives
+    rows that are nearly all equal, which cannot be told apart.
+    """
+    if lm.get_input_embeddings().weight.shape[0] < size:
+        lm.resize_token_embeddings(size, mean_resizing=False)
+    random = torch.Generator().manual_seed(seed)
+    modules = [lm.get_input_embeddings(), lm.get_output_embeddings()]
+    weights = {id(m.weight): m.weight for m in modules}.values()  # one entry if tied
+    for weight in weights:
+        old = weight[:first].float()
+        noise = torch.randn(size - first, weight.shape[1], generator=random).to(weight.device)
+        weight[first:size] = (old.mean(0) + noise * old.std(0)).to(weight.dtype)

@@ -1,0 +1,135 @@
+"""One vocabulary for text and pictures: which id means what. Codes ↔ ids, text ↔ ids.
+
+    0 ………… text ………… | specials | image: depth 0's K ids | depth 1's K ids | … |
+                                 ^ image_offset                              ^ size
+
+The image block is contiguous, Q·K ids long, and named `<|image_0|>` … as special tokens of the Hugging Face
+tokenizer, so that plain transformers loads it. Users' text never becomes a special id, however it is spelt.
+
+Legend: K codebook size, Q depth (codes per position), ids int64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
+IMAGE_START, IMAGE_END = "<|image_start|>", "<|image_end|>"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The ranges of ids. All of `bos` … `image_end` lie below `image_offset`."""
+
+    bos: int
+    eos: int
+    pad: int
+    image_start: int
+    image_end: int
+    image_offset: int
+    codebook_size: int
+    depth: int
+
+    def __post_init__(self) -> None:
+        specials = (self.bos, self.eos, self.pad, self.image_start, self.image_end)
+        if not all(0 <= i < self.image_offset for i in specials):
+            raise ValueError(f"special ids {specials} must lie in [0, image_offset={self.image_offset})")
+        if self.codebook_size < 1 or self.depth < 1:
+            raise ValueError(f"codebook_size={self.codebook_size}, depth={self.depth}: both must be at least 1")
+
+    @property
+    def size(self) -> int:
+        """Number of ids: one past the last image id."""
+        return self.image_offset + self.depth * self.codebook_size
+
+    def image_range(self, depth: int) -> slice:
+        """The ids of one depth."""
+        start = self.image_offset + depth * self.codebook_size
+        return slice(start, start + self.codebook_size)
+
+    def codes_to_ids(self, codes_Q: Tensor) -> Tensor:
+        """Codes (…, Q) in [0,K) → ids (…, Q), each depth in its own range. ValueError on a code outside."""
+        if codes_Q.shape[-1] != self.depth:
+            raise ValueError(f"codes have {codes_Q.shape[-1]} depths, the vocabulary has {self.depth}")
+        if codes_Q.numel() and not 0 <= int(codes_Q.min()) <= int(codes_Q.max()) < self.codebook_size:
+            low, high = int(codes_Q.min()), int(codes_Q.max())
+            raise ValueError(f"codes lie in [{low}, {high}]; the vocabulary has 0..{self.codebook_size - 1}")
+        return codes_Q + self._offsets(codes_Q)
+
+    def ids_to_codes(self, ids_Q: Tensor) -> Tensor:
+        """Inverse of `codes_to_ids`. ValueError on an id that is not in its depth's range."""
+        if ids_Q.shape[-1] != self.depth:
+            raise ValueError(f"ids have {ids_Q.shape[-1]} depths, the vocabulary has {self.depth}")
+        codes_Q = ids_Q - self._offsets(ids_Q)
+        if codes_Q.numel() and not 0 <= int(codes_Q.min()) <= int(codes_Q.max()) < self.codebook_size:
+            wrong = ids_Q[(codes_Q < 0) | (codes_Q >= self.codebook_size)]
+            raise ValueError(f"ids {wrong.flatten()[:4].tolist()} stand where image ids of their depth must stand")
+        return codes_Q
+
+    def _offsets(self, like: Tensor) -> Tensor:
+        return self.image_offset + self.codebook_size * torch.arange(self.depth, device=like.device)
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Vocabulary:
+        return cls(**{k: int(v) for k, v in data.items()})
+
+
+def train_text_tokenizer(texts: list[str], size: int = 2048) -> PreTrainedTokenizerFast:
+    """Byte-level BPE (any string can be written, nothing is unknown) trained on `texts`; at most `size` ids."""
+    if size < 300:
+        raise ValueError(f"a byte-level vocabulary needs its 256 bytes and some merges: size={size}, at least 300")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+
+
+def extend(tokenizer: PreTrainedTokenizerFast, codebook_size: int, depth: int) -> Vocabulary:
+    """Add specials and Q·K image tokens to any fast tokenizer, in place. Existing ids keep their meaning.
+
+    BOS, EOS and PAD are the tokenizer's own where it has them.
+    """
+    for attribute, token in (("bos_token", BOS), ("eos_token", EOS), ("pad_token", PAD)):
+        if getattr(tokenizer, attribute) is None:
+            tokenizer.add_special_tokens({attribute: token})
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:  # a common stand-in; here an end must be predictable
+        tokenizer.add_special_tokens({"pad_token": PAD})
+    tokenizer.add_tokens([IMAGE_START, IMAGE_END], special_tokens=True)
+    names = [f"<|image_{i}|>" for i in range(depth * codebook_size)]
+    offset = len(tokenizer)
+    if tokenizer.add_tokens(names, special_tokens=True) != len(names):
+        raise ValueError("the tokenizer has some of the tokens <|image_0|> … already; start from its unextended form")
+    start, end = (tokenizer.convert_tokens_to_ids(t) for t in (IMAGE_START, IMAGE_END))
+    return Vocabulary(
+        bos=int(tokenizer.bos_token_id),
+        eos=int(tokenizer.eos_token_id),
+        pad=int(tokenizer.pad_token_id),
+        image_start=int(start),
+        image_end=int(end),
+        image_offset=offset,
+        codebook_size=codebook_size,
+        depth=depth,
+    )
+
+
+def text_to_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """A user's text → ids. The name of a special token in it is spelt out as ordinary text."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def ids_to_text(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    """Inverse of `text_to_ids`, up to the leading space that a byte-level tokenizer adds."""
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -1,0 +1,58 @@
+"""The one LightningModule of vq: a tokenizer in training. What a batch costs, and what happens after a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vq.codebook import CodebookReset, NoReset
+from vq.losses.reconstruction import Loss
+from vq.quantizers import LibraryResidualQuantizer
+from vq.tokenizer import ImageTokenizer, Reconstruction
+from vqlm.training import Budget, Learner
+
+
+class TokenizerLearner(Learner):
+    """losses: name → loss, summed; reset: re-initialises unused codes; others as in `vqlm.training.Learner`."""
+
+    model: ImageTokenizer
+
+    def __init__(
+        self,
+        tokenizer: ImageTokenizer,
+        losses: dict[str, Loss],
+        reset: CodebookReset | NoReset,
+        optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer],
+        budget: Budget,
+        clip: float = 1.0,
+        max_bad_batches: int = 10,
+    ):
+        if not losses:
+            raise ValueError("losses is empty: a tokenizer needs at least a reconstruction loss")
+        super().__init__(tokenizer.to(memory_format=torch.channels_last), optimizer, budget, clip, max_bad_batches)
+        self.terms, self.reset = losses, reset
+        self._made: Reconstruction | None = None
+
+    def losses(self, batch: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
+        x_BCHW = batch.contiguous(memory_format=torch.channels_last)
+        self._made = self.model(x_BCHW)
+        return {name: term(x_BCHW, self._made) for name, term in self.terms.items()}, {}
+
+    def after_step(self) -> dict[str, float]:
+        made, quantizer = self._made, self.model.quantizer
+        self._made = None
+        assert made is not None
+        if made.quantized.codes_BhwQ is None or not isinstance(quantizer, LibraryResidualQuantizer):
+            return {}
+        z = made.z_BDhw.detach()
+        replaced = self.reset.observe(quantizer, z, made.quantized.codes_BhwQ, self.progress)
+        return {f"replaced_{depth}": float(count) for depth, count in enumerate(replaced)}
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return {f"reset/{k}": v for k, v in self.reset.state_dict().items()}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        self.reset.load_state_dict({k.removeprefix("reset/"): v for k, v in state.items()})

@@ -1,0 +1,127 @@
+"""ImageTokenizer = encoder + quantizer + decoder: pixels → codes and back, saved as one folder.
+
+A plain `nn.Module`: loading one needs no losses, no training code and no Lightning. Knows nothing of files of
+pictures (`vq/images.py`) or of language models.
+
+Legend: B batch, H W picture, h w grid (H/f, W/f), D latent width, Q depth, K codebook size, f downsampling factor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import vq.backbones.conv  # noqa: F401  declares the classes that a saved folder may name
+from vq.quantizers import Quantized, Quantizer, check_codes
+from vqlm.checkpoint import declared, fingerprint, load_module, save_module
+from vqlm.errors import ConfigError
+
+
+class NonFiniteError(ArithmeticError):
+    """A NaN or infinity before the quantizer. Raised so that it can never enter the codebook's averages."""
+
+
+@dataclass
+class Reconstruction:
+    """A forward pass."""
+
+    x_BCHW: Tensor  # decoded pixels, unclamped
+    quantized: Quantized
+    z_BDhw: Tensor  # the encoder's latent, before quantization
+
+
+@declared
+class ImageTokenizer(nn.Module):
+    """Pixels (B,3,H,W) in [-1,1] ↔ codes (B,H/f,W/f,Q) in [0,K). H and W: any multiples of f.
+
+    image_size: the side of the pictures that it was trained on, in pixels; the default size of pictures drawn.
+    """
+
+    def __init__(self, encoder: nn.Module, quantizer: Quantizer, decoder: nn.Module, image_size: int):
+        super().__init__()
+        widths = {"encoder": encoder.latent_dim, "quantizer": quantizer.dim, "decoder": decoder.latent_dim}
+        if len(set(widths.values())) > 1:
+            raise ValueError(f"latent widths differ: {widths}; they must be one number")
+        if encoder.downsample != decoder.downsample:
+            raise ValueError(f"the encoder divides by {encoder.downsample}, the decoder by {decoder.downsample}")
+        if image_size < 1 or image_size % int(encoder.downsample):
+            raise ValueError(f"image_size={image_size} is not a multiple of the downsampling {encoder.downsample}")
+        self.encoder, self.quantizer, self.decoder = encoder, quantizer, decoder
+        self.image_size = image_size
+
+    @property
+    def codebook_size(self) -> int:
+        return self.quantizer.codebook_size
+
+    @property
+    def depth(self) -> int:
+        return self.quantizer.depth
+
+    @property
+    def downsample(self) -> int:
+        return int(self.encoder.downsample)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over configuration and weights; a store or an LM made with another one is refused."""
+        return fingerprint(self)
+
+    def forward(self, x_BCHW: Tensor) -> Reconstruction:
+        """The path of training: encode, quantize, decode, with gradients through the quantizer."""
+        z_BDhw = self.encoder(self._check_pixels(x_BCHW)).float()
+        if self.training and not torch.isfinite(z_BDhw).all():
+            raise NonFiniteError("the encoder gave NaN or infinite values; the codebook was not touched")
+        quantized = self.quantizer(z_BDhw)
+        return Reconstruction(self.decoder(quantized.z_BDhw).float(), quantized, z_BDhw)
+
+    @torch.no_grad()
+    def encode(self, x_BCHW: Tensor) -> Tensor:
+        """Pixels (B,3,H,W) float in [-1,1] → codes (B,h,w,Q) int64. ValueError on other shapes, sizes or values."""
+        x_BCHW = self._check_pixels(x_BCHW)
+        if x_BCHW.numel() and not (x_BCHW.min() >= -1.001 and x_BCHW.max() <= 1.001):
+            low, high = float(x_BCHW.min()), float(x_BCHW.max())
+            raise ValueError(f"pixels lie in [{low:.3g}, {high:.3g}]; expected [-1, 1] (vq.images.to_pixels gives that)")
+        was_training = self.training
+        self.eval()
+        try:
+            codes = self.quantizer(self.encoder(x_BCHW).float()).codes_BhwQ
+        finally:
+            self.train(was_training)
+        if codes is None:
+            raise ValueError("a continuous tokenizer (NoQuantizer) has no codes")
+        return codes
+
+    @torch.no_grad()
+    def decode(self, codes_BhwQ: Tensor) -> Tensor:
+        """Codes (B,h,w,Q) in [0,K) → pixels (B,3,h·f,w·f) float in [-1,1]. ValueError on a code outside."""
+        check_codes(codes_BhwQ, self.depth, self.codebook_size)
+        was_training = self.training
+        self.eval()
+        try:
+            return self.decoder(self.quantizer.lookup(codes_BhwQ)).float().clamp(-1, 1)
+        finally:
+            self.train(was_training)
+
+    def _check_pixels(self, x_BCHW: Tensor) -> Tensor:
+        if x_BCHW.ndim != 4 or x_BCHW.shape[1] != 3:
+            raise ValueError(f"pixels have shape {tuple(x_BCHW.shape)}; expected (B, 3, H, W)")
+        if not x_BCHW.is_floating_point():
+            raise ValueError(f"pixels are {x_BCHW.dtype}; expected float in [-1, 1]")
+        if x_BCHW.shape[2] % self.downsample or x_BCHW.shape[3] % self.downsample:
+            raise ValueError(f"picture of {x_BCHW.shape[2]}x{x_BCHW.shape[3]} px: sides must be multiples of {self.downsample}")
+        return x_BCHW
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors`, atomically."""
+        save_module(folder, self)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> ImageTokenizer:
+        """Load a folder written by `save_pretrained`, in eval mode. ConfigError says which file is unusable and why."""
+        module = load_module(folder, cls)
+        if not isinstance(module, ImageTokenizer):
+            raise ConfigError(f"{folder} does not hold an image tokenizer")
+        return module

@@ -1,0 +1,407 @@
+"""The one training loop of both rooms: a learner's step, its budget, its checkpoints, its end.
+
+Lightning drives the batches; counting, schedules and checkpoints are ours, because a framework's step count means
+other things with two optimizers, and its checkpoints are pickles. Knows neither pictures nor tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from vqlm.errors import ConfigError, Interrupted
+from vqlm.files import clean, new_folder, sha256, write_json, write_text
+from vqlm.hardware import Hardware
+
+FOREVER = 10**9  # batches of a run that only its minutes end
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When a run ends, and how its learning rate goes: whichever of batches and minutes is used up first.
+
+    batches: 0 = no limit; minutes: of training, over all resumed parts, 0 = no limit. The learning rate rises over
+    `warmup` batches, stays, and falls linearly to zero over the last `cooldown` share of the budget. With a limit in
+    minutes two runs on machines of unequal speed differ; for exact repetition set batches alone.
+    """
+
+    batches: int = 0
+    minutes: float = 0.0
+    warmup: int = 50
+    cooldown: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.batches < 0 or self.minutes < 0 or self.warmup < 0 or not 0 <= self.cooldown <= 1:
+            raise ValueError(
+                f"batches={self.batches}, minutes={self.minutes}, warmup={self.warmup} must not be negative, "
+                f"cooldown={self.cooldown} must lie in [0, 1]"
+            )
+        if not self.batches and not self.minutes:
+            raise ValueError("batches=0 and minutes=0: give at least one limit")
+
+    def progress(self, batches: int, seconds: float) -> float:
+        """Share of the run done, 0..1."""
+        by_batches = batches / self.batches if self.batches else 0.0
+        by_time = seconds / 60 / self.minutes if self.minutes else 0.0
+        return min(1.0, max(by_batches, by_time))
+
+    def rate(self, batches: int, progress: float) -> float:
+        """Factor on the learning rate, 0..1."""
+        rise = min(1.0, (batches + 1) / (self.warmup + 1))
+        fall = min(1.0, (1 - progress) / self.cooldown) if self.cooldown else 1.0
+        return rise * fall
+
+
+class Learner(L.LightningModule):
+    """A model in training. A subclass says what a batch costs (`losses`); this class does the step.
+
+    optimizer: parameters → optimizer, with its base learning rate. clip: largest gradient norm. max_bad_batches: a
+    batch whose loss or gradient is not finite is skipped before anything is updated; so many in a row end the run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer],
+        budget: Budget,
+        clip: float = 1.0,
+        max_bad_batches: int = 10,
+    ):
+        super().__init__()
+        if clip <= 0 or max_bad_batches < 1:
+            raise ValueError(f"clip={clip} must be positive and max_bad_batches={max_bad_batches} at least 1")
+        self.automatic_optimization = False
+        self.model, self.budget, self.clip, self.max_bad_batches = model, budget, clip, max_bad_batches
+        self.optimizer = optimizer(self.parameter_groups())
+        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.batches_seen = 0
+        self.samples_seen = 0
+        self.seconds = 0.0
+        self.bad_batches = 0
+        self.bad_in_a_row = 0
+        self.latest: dict[str, float] = {}
+
+    # what a subclass gives -------------------------------------------------------------------------------------
+
+    def losses(self, batch: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Weighted losses by name (their sum is minimised) and numbers to log. May raise ArithmeticError: bad batch."""
+        raise NotImplementedError
+
+    def parameter_groups(self) -> Iterable[Any]:
+        return self.model.parameters()
+
+    def after_step(self) -> dict[str, float]:
+        """Called after each good step; returns numbers to log."""
+        return {}
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """Tensors beside model and optimizer that a resumed run needs."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        pass
+
+    # the step --------------------------------------------------------------------------------------------------
+
+    @property
+    def progress(self) -> float:
+        return self.budget.progress(self.batches_seen, self.seconds)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer
+
+    def training_step(self, batch: Any, batch_index: int) -> None:
+        started = time.perf_counter()
+        rate = self.budget.rate(self.batches_seen, self.progress)
+        for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = base * rate
+        self.optimizer.zero_grad(set_to_none=True)
+        logs = self._step(batch)
+        self.batches_seen += 1
+        self.samples_seen += sample_count(batch)
+        self.seconds += time.perf_counter() - started
+        self.latest = {**logs, "rate": rate}
+
+    def _step(self, batch: Any) -> dict[str, float]:
+        try:
+            losses, logs = self.losses(batch)
+            total = torch.stack(list(losses.values())).sum()
+            if not torch.isfinite(total):
+                raise ArithmeticError(f"loss is {float(total)}: { {k: float(v) for k, v in losses.items()} }")
+            self.manual_backward(total)
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+            if not torch.isfinite(norm):
+                raise ArithmeticError(f"gradient norm is {float(norm)}")
+        except ArithmeticError as error:
+            self._skip(error)
+            return {}
+        self.optimizer.step()
+        self.bad_in_a_row = 0
+        logs |= {"loss": float(total.detach()), **{k: float(v.detach()) for k, v in losses.items()}}
+        return logs | self.after_step()
+
+    def _skip(self, error: ArithmeticError) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.bad_batches += 1
+        self.bad_in_a_row += 1
+        warnings.warn(f"batch {self.batches_seen} skipped, nothing was updated: {error}", stacklevel=2)
+        if self.bad_in_a_row >= self.max_bad_batches:
+            raise RuntimeError(
+                f"{self.bad_in_a_row} batches in a row were not finite (last: {error}). "
+                "Lower the learning rate, or look at the data; the last checkpoint is intact."
+            )
+
+    # state -----------------------------------------------------------------------------------------------------
+
+    def training_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that a resumed run needs, as tensors and JSON."""
+        tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
+        optimizer = self.optimizer.state_dict()
+        for index, entries in optimizer["state"].items():
+            tensors |= {f"optimizer/{index}/{k}": torch.as_tensor(v) for k, v in entries.items()}
+        tensors |= {f"extra/{k}": v for k, v in self.extra_state().items()}
+        tensors["random/cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["random/cuda"] = torch.cuda.get_rng_state()
+        counters = {k: getattr(self, k) for k in ("batches_seen", "samples_seen", "seconds", "bad_batches")}
+        return tensors, {"counters": counters}
+
+    def load_training_state(self, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "extra": {}, "random": {}}
+        for key, tensor in tensors.items():
+            part, _, name = key.partition("/")
+            parts[part][name] = tensor
+        self.model.load_state_dict(parts["model"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in parts["optimizer"].items():
+            index, _, name = key.partition("/")
+            state.setdefault(int(index), {})[name] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.load_extra_state(parts["extra"])
+        torch.set_rng_state(parts["random"]["cpu"].cpu().to(torch.uint8))
+        if "cuda" in parts["random"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(parts["random"]["cuda"].cpu())
+        for name, value in data["counters"].items():
+            setattr(self, name, value)
+
+
+def sample_count(batch: Any) -> int:
+    """Samples in a batch: its first dimension, or what it says of itself."""
+    return int(batch.shape[0]) if isinstance(batch, Tensor) else int(getattr(batch, "samples", 1))
+
+
+class Checkpoints:
+    """`folder/batch-00000123/`: state.safetensors and state.json with its checksum; the newest `keep` stay."""
+
+    def __init__(self, folder: str | Path, keep: int = 2):
+        self.folder, self.keep = Path(folder), keep
+
+    def save(self, learner: Learner) -> Path:
+        tensors, data = learner.training_state()
+        target = self.folder / f"batch-{learner.batches_seen:08d}"
+        with new_folder(target) as part:
+            save_file(
+                {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
+                str(part / "state.safetensors"),
+            )
+            write_json(part / "state.json", {**data, "sha256": sha256(part / "state.safetensors")})
+        for old in self.all()[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        return target
+
+    def all(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted(p.parent for p in self.folder.glob("batch-*/state.json"))
+
+    def resume(self, learner: Learner) -> Path | None:
+        """Load the newest checkpoint whose checksum is right; a damaged one is named and passed over."""
+        if self.folder.is_dir():
+            clean(self.folder)
+        for path in reversed(self.all()):
+            try:
+                data = json.loads((path / "state.json").read_text(encoding="utf-8"))
+                if sha256(path / "state.safetensors") != data["sha256"]:
+                    raise ValueError("checksum differs")
+                tensors = load_file(str(path / "state.safetensors"))
+            except (OSError, ValueError, KeyError) as error:
+                warnings.warn(f"{path} is damaged ({error}); trying the one before", stacklevel=2)
+                continue
+            learner.load_training_state(tensors, data)
+            return path
+        return None
+
+
+class Run(L.Callback):
+    """Watches one `fit`: progress on the terminal, log.jsonl, checkpoints, the end of the budget, and signals."""
+
+    def __init__(self, learner: Learner, folder: Path, checkpoint_minutes: float, label: str):
+        self.learner, self.label = learner, label
+        self.log_path = folder / "log.jsonl"
+        self.checkpoints = Checkpoints(folder / "checkpoints")
+        self.checkpoint_seconds = checkpoint_minutes * 60
+        self.last_saved = time.monotonic()
+        self.last_logged = -math.inf
+        self.signal_seen: int | None = None
+        self.bar: Any = None
+        self.handlers: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.log_path.touch()
+        kept = [e for e in read_log(self.log_path) if e["batch"] <= self.learner.batches_seen]
+        write_text(self.log_path, "".join(json.dumps(e) + "\n" for e in kept))
+        self.bar = progress_bar(self.label)
+        self.handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        learner = self.learner
+        self.bar.update(100 * learner.progress - self.bar.n)
+        self.bar.set_postfix_str(postfix(learner), refresh=False)
+        done = learner.progress >= 1
+        if done or time.monotonic() - self.last_logged > 1.0:
+            self.last_logged = time.monotonic()
+            self._write_log()
+        if done or self.signal_seen:
+            trainer.should_stop = True
+        if trainer.should_stop or time.monotonic() - self.last_saved > self.checkpoint_seconds:
+            self.checkpoints.save(learner)
+            self.last_saved = time.monotonic()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._leave()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _: Any) -> None:
+        if self.signal_seen:  # the second one does not wait for the step
+            raise KeyboardInterrupt
+        self.signal_seen = number
+        print(f"\n{self.label}: stopping after this step; the state will be saved", file=sys.stderr)
+
+    def _write_log(self) -> None:
+        learner = self.learner
+        entry = {
+            "batch": learner.batches_seen,
+            "samples": learner.samples_seen,
+            "minutes": learner.seconds / 60,
+        }
+        with self.log_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**entry, **learner.latest}) + "\n")
+
+
+def progress_bar(label: str) -> Any:
+    """0..100 %, elapsed and remaining time. On a file or pipe one line in 20 seconds, not a redrawn one."""
+    quiet = not sys.stderr.isatty()
+    form = "{desc} {percentage:3.0f}%|{bar:24}| {elapsed}<{remaining} {postfix}" + ("\n" if quiet else "")
+    return tqdm(total=100.0, desc=label, bar_format=form, mininterval=20 if quiet else 0.3, leave=True)
+
+
+def postfix(learner: Learner) -> str:
+    rate = learner.samples_seen / max(learner.seconds, 1e-9)
+    return (
+        f"batch {learner.batches_seen}, {rate:.0f} samples/s, loss {learner.latest.get('loss', math.nan):.4f}"
+    )
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Entries of log.jsonl; a last line cut short by a kill is left out."""
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries
+
+
+class Once(DataLoader):
+    """Batches `start`, `start`+1, … of a dataset whose item n is batch n."""
+
+    def __init__(self, batches: Dataset, start: int, workers: int):
+        total = len(batches)  # type: ignore[arg-type]
+        super().__init__(batches, batch_size=None, sampler=_Range(start, total), num_workers=workers)
+
+
+class _Range(torch.utils.data.Sampler[int]):
+    def __init__(self, start: int, stop: int):
+        self.range = range(start, stop)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.range)
+
+    def __len__(self) -> int:
+        return len(self.range)
+
+
+def fit(
+    learner: Learner,
+    batches: Callable[[int], Dataset],
+    folder: str | Path,
+    hardware: Hardware,
+    label: str,
+    workers: int = 0,
+    checkpoint_minutes: float = 3.0,
+) -> None:
+    """Train until the budget is used up, from the newest checkpoint in `folder` if there is one.
+
+    batches: total → dataset whose item n is batch n of the run.
+
+    Raises:
+        Interrupted: SIGTERM or Ctrl-C came; the step was finished and the state saved.
+        RuntimeError: too many batches in a row were not finite.
+    """
+    folder = Path(folder)
+    if workers < 0 or checkpoint_minutes <= 0:
+        raise ConfigError(
+            f"workers={workers} must not be negative, checkpoint_minutes={checkpoint_minutes} be positive"
+        )
+    run = Run(learner, folder, checkpoint_minutes, label)
+    found = run.checkpoints.resume(learner)
+    if found:
+        print(f"{label}: going on from {found} ({100 * learner.progress:.0f} % done)", file=sys.stderr)
+    if learner.progress >= 1:
+        return
+    loader = Once(batches(learner.budget.batches or FOREVER), learner.batches_seen, workers)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # banners, not news
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        trainer = L.Trainer(
+            **hardware.lightning,  # type: ignore[arg-type]
+            max_epochs=1,
+            callbacks=[run],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+        trainer.fit(learner, loader)
+    if run.signal_seen:
+        raise Interrupted
