@@ -28,7 +28,9 @@ class Batch:
     """Packed documents."""
 
     ids_BTW: Tensor  # int64; <pad> after the last document of a row
-    next_BTW: Tensor  # what follows each position; NONE at ends of documents and where nothing is to be predicted
+    next_BTW: (
+        Tensor  # what follows each position; NONE at ends of documents and where nothing is to be predicted
+    )
     document_BT: Tensor  # number of the document within its row, NONE for padding
     positions_BT: Tensor  # position within the document
     samples: int  # documents
@@ -89,7 +91,9 @@ class Pairs:
 
     def document(self, index: int, task: str) -> list[Segment]:
         image, text = Image(self.codes_NhwQ[index]), Text(self.captions[index])
-        return {"text_to_image": [text, image], "unconditional": [image], "image_to_text": [image, text]}[task]
+        return {"text_to_image": [text, image], "unconditional": [image], "image_to_text": [image, text]}[
+            task
+        ]
 
 
 def open_store(folder: str) -> CodeStore:
@@ -111,7 +115,14 @@ class DocumentBatches(Dataset):
     """Item n is the n-th batch of a run: `documents` documents, each of a drawn task, packed into rows."""
 
     def __init__(
-        self, pairs: Pairs, form: SequenceFormat, mixture: Mixture, documents: int, row_length: int, seed: int, total: int
+        self,
+        pairs: Pairs,
+        form: SequenceFormat,
+        mixture: Mixture,
+        documents: int,
+        row_length: int,
+        seed: int,
+        total: int,
     ):
         self.pairs, self.form, self.mixture, self.seed, self.total = pairs, form, mixture, seed, total
         self.row_length = row_length
@@ -127,7 +138,9 @@ class DocumentBatches(Dataset):
         random = np.random.default_rng([self.seed, n, 2])
         tasks = [self.mixture.draw(random) for _ in range(self.order.batch_size)]
         chosen = self.order.indices(n).tolist()
-        documents = [self.form.build(self.pairs.document(i, task)) for i, task in zip(chosen, tasks, strict=True)]
+        documents = [
+            self.form.build(self.pairs.document(i, task)) for i, task in zip(chosen, tasks, strict=True)
+        ]
         return pack(documents, self.form, self.row_length)
 
 
@@ -152,13 +165,18 @@ def _lay(rows: list[list[Tensor]], form: SequenceFormat, length: int) -> Batch:
     ids_BTW = torch.full((len(rows), length, form.width), NONE)
     ids_BTW[..., 0] = form.vocabulary.pad
     next_BTW = torch.full_like(ids_BTW, NONE)
-    document_BT, positions_BT = torch.full((len(rows), length), NONE), torch.zeros(len(rows), length, dtype=torch.int64)
+    document_BT, positions_BT = (
+        torch.full((len(rows), length), NONE),
+        torch.zeros(len(rows), length, dtype=torch.int64),
+    )
     for b, row in enumerate(rows):
         start = 0
         for number, document in enumerate(row):
             end = start + len(document)
             ids_BTW[b, start:end] = document
-            labels = torch.where(grammar.label_depths(document) == NONE, torch.full_like(document, NONE), document)
+            labels = torch.where(
+                grammar.label_depths(document) == NONE, torch.full_like(document, NONE), document
+            )
             next_BTW[b, start : end - 1] = labels[1:]
             document_BT[b, start:end] = number
             positions_BT[b, start:end] = torch.arange(len(document))

@@ -47,7 +47,11 @@ class Sampling:
 
 @torch.inference_mode()
 def draw_images(
-    model: MultimodalLM, prompts: list[Tensor], unconditional: Tensor, sampling: Sampling, random: torch.Generator
+    model: MultimodalLM,
+    prompts: list[Tensor],
+    unconditional: Tensor,
+    sampling: Sampling,
+    random: torch.Generator,
 ) -> list[Image]:
     """One picture for each prompt (T_i, W) that ends in <image_start>.
 
@@ -65,7 +69,9 @@ def draw_images(
         first = form.layout.depth_of(position, form.vocabulary.depth)
         columns: list[Tensor] = []
 
-        def choose(column: int, feature_BC: Tensor, first: int = first, columns: list[Tensor] = columns) -> Tensor:
+        def choose(
+            column: int, feature_BC: Tensor, first: int = first, columns: list[Tensor] = columns
+        ) -> Tensor:
             depth = first + column
             code_R = sampling(model.image_logits(feature_BC, depth), random)
             columns.append(code_R + form.vocabulary.image_range(depth).start)
@@ -81,7 +87,12 @@ def draw_images(
 
 @torch.inference_mode()
 def draw_text(
-    model: MultimodalLM, prompts: list[Tensor], sampling: Sampling, random: torch.Generator, limit: int, images: bool
+    model: MultimodalLM,
+    prompts: list[Tensor],
+    sampling: Sampling,
+    random: torch.Generator,
+    limit: int,
+    images: bool,
 ) -> list[tuple[list[int], bool]]:
     """Text after each prompt (T_i, W), up to <eos>, <image_start> (if `images`) or `limit` ids.
 
@@ -96,8 +107,12 @@ def draw_text(
     allowed = grammar.text_mask(loop.device)
     texts: list[list[int]] = [[] for _ in prompts]
     for _ in range(limit):
-        hidden_BC = loop.step(lambda column, feature_BC: torch.full_like(feature_BC[:, 0], NONE, dtype=torch.int64))
-        token_B = sampling(model.text_logits(hidden_BC).float().masked_fill(~allowed, -torch.inf), random).cpu()
+        hidden_BC = loop.step(
+            lambda column, feature_BC: torch.full_like(feature_BC[:, 0], NONE, dtype=torch.int64)
+        )
+        token_B = sampling(
+            model.text_logits(hidden_BC).float().masked_fill(~allowed, -torch.inf), random
+        ).cpu()
         running = state_B == TEXT
         token_B = torch.where(running, token_B, torch.full_like(token_B, model.form.vocabulary.pad))
         ids_BW = text_rows(token_B, model.form)

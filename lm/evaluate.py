@@ -16,7 +16,7 @@ from torch import Tensor
 from lm import metrics
 from lm.data import Pairs, open_store, read_pairs
 from lm.decoding import Sampling
-from lm.pipeline import Pipeline, contact_sheet, to_image
+from lm.pipeline import Pipeline, sheet
 from lm.sequence import Image
 from vqlm.command import command
 from vqlm.errors import ConfigError
@@ -72,14 +72,16 @@ def report(
         print(f"drawing {min(count, len(pairs))} {split} captions", flush=True)
         place = list(range(first, first + len(pairs)))
         first += len(pairs)
-        drawing, drawn, chosen = metrics.drawing(pipeline, gallery, pairs, place, concepts, sampling, seed, count)
+        drawing, drawn, chosen = metrics.drawing(
+            pipeline, gallery, pairs, place, concepts, sampling, seed, count
+        )
         result[split] = {**metrics.losses(pipeline.model, pairs), "drawing": drawing}
         result[split]["captioning"] = metrics.captioning(pipeline, pairs, count)
         shown = metrics.spread(len(chosen), 32 if split == "train" else 16)
-        pictures += rows_of([to_image(drawn[i]) for i in shown])
-        labels += rows_of([f"{pairs.texts[chosen[i]]}" + (" (held out)" if split == "heldout" else "") for i in shown])
+        pictures += pipeline.show(drawn[shown])
+        labels += [pairs.texts[chosen[i]] + (" (held out)" if split == "heldout" else "") for i in shown]
     write_json(out / "metrics.json", result)
-    contact_sheet(pictures, labels).save(out / "samples.png")
+    sheet(pictures, labels).save(out / "samples.png")
     print(table(result))
     return result
 
@@ -94,20 +96,27 @@ def whole_set(pipeline: Pipeline, splits: dict[str, Pairs]) -> tuple[Tensor, lis
     return torch.cat(pixels), concepts
 
 
-def rows_of(items: list[Any], columns: int = 8) -> list[list[Any]]:
-    return [items[i : i + columns] for i in range(0, len(items), columns)]
-
-
 def table(result: dict[str, Any]) -> str:
     """The numbers of metrics.json that a person reads first."""
-    head = ("captions", "in ten nearest", "chance", "variant followed", "chance", "image bits", "text bits", "caption F1")
+    head = (
+        "captions",
+        "in ten nearest",
+        "chance",
+        "variant followed",
+        "chance",
+        "image bits",
+        "text bits",
+        "caption F1",
+    )
     lines = [f"{'':10}" + "".join(f"{h:>18}" for h in head)]
     for split in ("train", "heldout"):
         if split not in result:
             continue
         m = result[split]
         d = m["drawing"]
-        variant = [f"{d['variant_followed']:.1%}", f"{d['variant_chance']:.1%}"] if "variants" in d else ["-", "-"]
+        variant = (
+            [f"{d['variant_followed']:.1%}", f"{d['variant_chance']:.1%}"] if "variants" in d else ["-", "-"]
+        )
         cells = [str(d["captions"]), f"{d['among_ten_nearest']:.1%}", f"{d['chance']:.2%}", *variant]
         cells += [f"{m['image_bits']:.3f}", f"{m['text_bits']:.3f}", f"{m['captioning']['word_f1']:.2f}"]
         lines.append(f"{split:10}" + "".join(f"{c:>18}" for c in cells))

@@ -10,8 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lm.evaluate import rows_of
-from lm.pipeline import Pipeline, contact_sheet
+from lm.pipeline import Pipeline, sheet
 from vqlm.command import command
 from vqlm.errors import ConfigError
 from vqlm.hardware import Device
@@ -42,9 +41,9 @@ def generate(
     name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "picture"
     for number, picture in enumerate(pictures):
         picture.save(target / f"{name}-{seed}-{number:03d}.png")
-    sheet = target / f"{name}-{seed}-sheet.png"
-    contact_sheet(rows_of(pictures), rows_of([prompt] * n)).save(sheet)
-    print(f"{n} pictures: {target}   all on one sheet: {sheet}")
+    path = target / f"{name}-{seed}-sheet.png"
+    sheet(pictures, [prompt] * n).save(path)
+    print(f"{n} pictures: {target}   all on one sheet: {path}")
 
 
 main = command("lm_generate", generate)

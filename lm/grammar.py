@@ -40,7 +40,9 @@ class Grammar:
             for column, token in enumerate(ids_BW[row].tolist()):
                 allowed = vocabulary.image_range(depth + column)
                 if not allowed.start <= token < allowed.stop:
-                    raise ValueError(f"id {token} in row {row} where an image id of depth {depth + column} must stand")
+                    raise ValueError(
+                        f"id {token} in row {row} where an image id of depth {depth + column} must stand"
+                    )
         closing = state_B == length
         if bool((token_B[closing] != vocabulary.image_end).any()):
             raise ValueError("a complete picture must be followed by <image_end>")
@@ -50,7 +52,9 @@ class Grammar:
             raise ValueError(f"ids {token_B[in_text].tolist()} in text, where only text may stand")
         state_B = torch.where(reading, state_B + 1, state_B)
         state_B = torch.where(closing, torch.full_like(state_B, TEXT), state_B)
-        state_B = torch.where(in_text & (token_B == vocabulary.image_start), torch.zeros_like(state_B), state_B)
+        state_B = torch.where(
+            in_text & (token_B == vocabulary.image_start), torch.zeros_like(state_B), state_B
+        )
         return torch.where(in_text & (token_B == vocabulary.eos), torch.full_like(state_B, DONE), state_B)
 
     def text_mask(self, device: torch.device | None = None) -> Tensor:
@@ -69,7 +73,9 @@ class Grammar:
         """
         vocabulary = self.form.vocabulary
         depth = (ids_TW - vocabulary.image_offset).div(vocabulary.codebook_size, rounding_mode="floor")
-        depth = torch.where(ids_TW >= vocabulary.image_offset, depth, torch.full_like(depth, vocabulary.depth))
+        depth = torch.where(
+            ids_TW >= vocabulary.image_offset, depth, torch.full_like(depth, vocabulary.depth)
+        )
         mask = self.text_mask()
         text = (ids_TW >= 0) & (ids_TW < vocabulary.image_offset)
         forced = text & ~mask[ids_TW.clamp(0, vocabulary.image_offset - 1)]

@@ -38,7 +38,9 @@ def losses(model: MultimodalLM, pairs: Pairs, limit: int = 512, documents: int =
             batch = pack(built, model.form, max(128, max(len(d) for d in built)))
             part = measure(model, batch.to(device))[modality]
             before = sums.get(name, ModalityLoss(torch.zeros(()), torch.zeros(()), 0))
-            sums[name] = ModalityLoss(before.nll + part.nll.cpu(), before.z + part.z.cpu(), before.count + part.count)
+            sums[name] = ModalityLoss(
+                before.nll + part.nll.cpu(), before.z + part.z.cpu(), before.count + part.count
+            )
     result = {f"{name}_loss": float(loss.mean) for name, loss in sums.items()}
     result |= {f"{name}_bits": to_bits(loss) for name, loss in sums.items()}
     result["image_bits_per_picture"] = float(sums["image"].nll) / math.log(2) / count
@@ -46,7 +48,14 @@ def losses(model: MultimodalLM, pairs: Pairs, limit: int = 512, documents: int =
 
 
 def drawing(
-    pipeline: Pipeline, gallery: Tensor, pairs: Pairs, place: list[int], concepts: list[str], sampling: Sampling, seed: int, count: int
+    pipeline: Pipeline,
+    gallery: Tensor,
+    pairs: Pairs,
+    place: list[int],
+    concepts: list[str],
+    sampling: Sampling,
+    seed: int,
+    count: int,
 ) -> tuple[dict[str, Any], Tensor, list[int]]:
     """Draw `count` captions and look for their pictures in the whole set.
 

@@ -20,6 +20,9 @@ from lm.heads import Head, Predicted, TrunkInputs, last_chosen
 from lm.sequence import NONE, SequenceFormat
 
 
+Rows = tuple[Tensor, Tensor | None]  # weight (n,C) and bias (n) of some output ids
+
+
 class MultimodalLM(nn.Module):
     """lm: a causal LM whose vocabulary has been extended to `form.vocabulary.size` rows (`add_rows` does that)."""
 
@@ -27,7 +30,9 @@ class MultimodalLM(nn.Module):
         super().__init__()
         rows = lm.get_input_embeddings().weight.shape[0]
         if rows < form.vocabulary.size:
-            raise ValueError(f"the language model has {rows} rows, the vocabulary needs {form.vocabulary.size}")
+            raise ValueError(
+                f"the language model has {rows} rows, the vocabulary needs {form.vocabulary.size}"
+            )
         if head.width != form.width:
             raise ValueError(
                 f"the head predicts {head.width} ids per position, layout {form.layout.name!r} has {form.width}"
@@ -54,17 +59,31 @@ class MultimodalLM(nn.Module):
     ) -> Predicted:
         """Decoding pass over T new positions. choose_last(column, feature_BC) → ids (B) drawn after the last one."""
         known_BTW = torch.cat([ids_BTW[:, 1:], torch.full_like(ids_BTW[:, :1], NONE)], 1)
-        image_BTW = torch.where(self.is_image(known_BTW[..., :1]), known_BTW, torch.full_like(known_BTW, NONE))
+        image_BTW = torch.where(
+            self.is_image(known_BTW[..., :1]), known_BTW, torch.full_like(known_BTW, NONE)
+        )
         inputs = self._inputs(ids_BTW, mask, positions_BT, cache)
         return self.head(inputs, last_chosen(image_BTW, choose_last))
 
-    def text_logits(self, hidden: Tensor) -> Tensor:
-        """(…,C) → (…,V): scores of text ids and specials, unmasked."""
-        return self._scores(hidden, slice(0, self.form.vocabulary.image_offset))
+    def output_rows(self) -> list[Rows]:
+        """The output matrix in parts: text ids and specials first, then each depth's codes.
 
-    def image_logits(self, feature: Tensor, depth: int) -> Tensor:
+        Taken apart once for all: a slice for each part would build a gradient of the full size for each.
+        """
+        output, v = self.lm.get_output_embeddings(), self.form.vocabulary
+        sizes = [v.image_offset, *[v.codebook_size] * v.depth, output.weight.shape[0] - v.size]
+        weights = output.weight.split(sizes)
+        bias = getattr(output, "bias", None)
+        biases = bias.split(sizes) if bias is not None else [None] * len(sizes)
+        return list(zip(weights, biases, strict=True))[:-1]
+
+    def text_logits(self, hidden: Tensor, rows: list[Rows] | None = None) -> Tensor:
+        """(…,C) → (…,V): scores of text ids and specials, unmasked. rows: `output_rows()`, if at hand."""
+        return F.linear(hidden, *(rows or self.output_rows())[0])
+
+    def image_logits(self, feature: Tensor, depth: int, rows: list[Rows] | None = None) -> Tensor:
         """(…,C) → (…,K): scores of one depth's codes."""
-        return self._scores(feature, self.form.vocabulary.image_range(depth))
+        return F.linear(feature, *(rows or self.output_rows())[1 + depth])
 
     def is_image(self, ids: Tensor) -> Tensor:
         return ids >= self.form.vocabulary.image_offset
@@ -88,11 +107,6 @@ class MultimodalLM(nn.Module):
             ).last_hidden_state
 
         return TrunkInputs(run, decoder_layers(trunk), self.embed)
-
-    def _scores(self, feature: Tensor, rows: slice) -> Tensor:
-        output = self.lm.get_output_embeddings()
-        bias = output.bias[rows] if getattr(output, "bias", None) is not None else None
-        return F.linear(feature, output.weight[rows], bias)
 
 
 def decoder_layers(trunk: nn.Module) -> nn.ModuleList:

@@ -81,7 +81,9 @@ class Pipeline:
         if head.state_dict():
             load_tensors(head, folder / "head.safetensors")
         check_names(tokenizer, form.vocabulary)
-        return cls(MultimodalLM(language_model, head, form), tokenizer, images).to(detect(device, "fp32").device)
+        return cls(MultimodalLM(language_model, head, form), tokenizer, images).to(
+            detect(device, "fp32").device
+        )
 
     def to(self, device: torch.device) -> Pipeline:
         """Move both models to a device, ready to draw."""
@@ -132,7 +134,12 @@ class Pipeline:
         guidance: u + s·(c - u) on the logits, 1 = none. temperature: 0 = greedy. top_k: 0 = all. top_p: 1 = all.
         The same seed gives the same pictures on the same machine. ValueError on values outside these ranges.
         """
-        return [to_image(x_CHW) for x_CHW in self.draw(prompt, n, Sampling(guidance, temperature, top_k, top_p), seed)]
+        return self.show(self.draw(prompt, n, Sampling(guidance, temperature, top_k, top_p), seed))
+
+    @staticmethod
+    def show(x_NCHW: Tensor) -> list[PILImage.Image]:
+        """Pixels in [-1,1] → pictures."""
+        return [to_image(x_CHW) for x_CHW in x_NCHW]
 
     def draw(self, prompt: str | list[str], n: int, sampling: Sampling, seed: int) -> Tensor:
         """As `generate`, as pixels (N,3,H,W) in [-1,1]."""
@@ -143,7 +150,9 @@ class Pipeline:
         starts = [form.image_prompt(self._segments([p])) for p in prompts for _ in range(n)]
         drawn: list[Image] = []
         for first in range(0, len(starts), ROWS):
-            drawn += draw_images(self.model, starts[first : first + ROWS], form.image_prompt([]), sampling, random)
+            drawn += draw_images(
+                self.model, starts[first : first + ROWS], form.image_prompt([]), sampling, random
+            )
         return self.decode(drawn)
 
     def encode_text(self, text: str) -> list[int]:
@@ -165,7 +174,9 @@ class Pipeline:
         """Words for each picture."""
         return self.describe_images([self._encode(picture) for picture in pictures], limit, temperature, seed)
 
-    def describe_images(self, pictures: list[Image], limit: int = 64, temperature: float = 0.0, seed: int = 0) -> list[str]:
+    def describe_images(
+        self, pictures: list[Image], limit: int = 64, temperature: float = 0.0, seed: int = 0
+    ) -> list[str]:
         """Words for each picture given as codes."""
         prompts = [self.model.form.build([picture], end=False) for picture in pictures]
         random = torch.Generator().manual_seed(seed)
@@ -227,6 +238,15 @@ class Pipeline:
         return to_image(self.decode([segment])[0])
 
 
+def sheet(pictures: list[PILImage.Image], labels: list[str], columns: int = 8) -> PILImage.Image:
+    """Pictures under each other in rows, each with its words beneath."""
+
+    def rows(items: list[Any]) -> list[list[Any]]:
+        return [items[i : i + columns] for i in range(0, len(items), columns)]
+
+    return contact_sheet(rows(pictures), rows(labels))
+
+
 def read_about(folder: Path) -> dict[str, Any]:
     """multimodal.json of a bundle; ConfigError if there is none, or of another format."""
     path = folder / "multimodal.json"
@@ -249,7 +269,9 @@ def read_format(about: dict[str, Any]) -> SequenceFormat:
     if about["layout"] not in LAYOUTS:
         raise ConfigError(f"unknown layout {about['layout']!r}; known: {sorted(LAYOUTS)}")
     height, width = about["grid"]
-    return SequenceFormat(Vocabulary.from_json(about["vocabulary"]), LAYOUTS[about["layout"]](), (int(height), int(width)))
+    return SequenceFormat(
+        Vocabulary.from_json(about["vocabulary"]), LAYOUTS[about["layout"]](), (int(height), int(width))
+    )
 
 
 def check_names(tokenizer: PreTrainedTokenizerFast, vocabulary: Vocabulary) -> None:

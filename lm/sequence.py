@@ -193,9 +193,15 @@ class SequenceFormat:
 
     def _image(self, segment: Image) -> list[Tensor]:
         if tuple(segment.codes_hwQ.shape[:2]) != self.grid:
-            raise ValueError(f"a picture of {tuple(segment.codes_hwQ.shape[:2])} cells; the format's grid is {self.grid}")
+            raise ValueError(
+                f"a picture of {tuple(segment.codes_hwQ.shape[:2])} cells; the format's grid is {self.grid}"
+            )
         ids_NQ = self.vocabulary.codes_to_ids(segment.codes_hwQ.long()).reshape(-1, self.vocabulary.depth)
-        return [self._row(self.vocabulary.image_start), self.layout.place(ids_NQ), self._row(self.vocabulary.image_end)]
+        return [
+            self._row(self.vocabulary.image_start),
+            self.layout.place(ids_NQ),
+            self._row(self.vocabulary.image_end),
+        ]
 
     def _row(self, token: int) -> Tensor:
         row = torch.full((1, self.width), NONE)

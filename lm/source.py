@@ -40,7 +40,11 @@ class Scratch:
         tokenizer = train_text_tokenizer(captions, self.text_vocabulary)
         vocabulary = extend(tokenizer, codebook_size, depth)
         try:
-            config = {"bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos, "pad_token_id": vocabulary.pad}
+            config = {
+                "bos_token_id": vocabulary.bos,
+                "eos_token_id": vocabulary.eos,
+                "pad_token_id": vocabulary.pad,
+            }
             lm = from_scratch({**self.config, **config}, vocabulary.size, seed)
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"lm.config does not make a language model: {error}") from error
@@ -60,7 +64,9 @@ class Pretrained:
             tokenizer = AutoTokenizer.from_pretrained(self.path)
             lm = AutoModelForCausalLM.from_pretrained(self.path, dtype="float32", attn_implementation="sdpa")
         except (OSError, ValueError) as error:
-            raise ConfigError(f"lm.path={self.path}: neither a Hugging Face folder nor a hub id at hand: {error}") from error
+            raise ConfigError(
+                f"lm.path={self.path}: neither a Hugging Face folder nor a hub id at hand: {error}"
+            ) from error
         first = len(tokenizer)
         vocabulary = extend(tokenizer, codebook_size, depth)
         add_rows(lm, first, vocabulary.size, seed)

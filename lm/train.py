@@ -69,7 +69,9 @@ def train(
     training = learner(model=pipeline.model)
     fit(
         training,
-        lambda total: DocumentBatches(pairs, pipeline.model.form, mixture, documents, row_length, seed, total),
+        lambda total: DocumentBatches(
+            pairs, pipeline.model.form, mixture, documents, row_length, seed, total
+        ),
         out,
         hardware,
         "training the language model",
@@ -79,7 +81,11 @@ def train(
     pipeline.to(hardware.device)
     folder = Path(out)
     pipeline.save_pretrained(folder / "model")
-    run = {"batches": training.batches_seen, "documents": training.samples_seen, "minutes": training.seconds / 60}
+    run = {
+        "batches": training.batches_seen,
+        "documents": training.samples_seen,
+        "minutes": training.seconds / 60,
+    }
     extra = {"run": {**run, "bad_batches": training.bad_batches, "parameters": parameters}}
     report(pipeline, store, folder, sampling, train_captions, heldout_captions, seed, extra)
     print(f"model: {folder / 'model'}   pictures: {folder / 'samples.png'}")

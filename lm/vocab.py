@@ -41,7 +41,9 @@ class Vocabulary:
         if not all(0 <= i < self.image_offset for i in specials):
             raise ValueError(f"special ids {specials} must lie in [0, image_offset={self.image_offset})")
         if self.codebook_size < 1 or self.depth < 1:
-            raise ValueError(f"codebook_size={self.codebook_size}, depth={self.depth}: both must be at least 1")
+            raise ValueError(
+                f"codebook_size={self.codebook_size}, depth={self.depth}: both must be at least 1"
+            )
 
     @property
     def size(self) -> int:
@@ -69,7 +71,9 @@ class Vocabulary:
         codes_Q = ids_Q - self._offsets(ids_Q)
         if codes_Q.numel() and not 0 <= int(codes_Q.min()) <= int(codes_Q.max()) < self.codebook_size:
             wrong = ids_Q[(codes_Q < 0) | (codes_Q >= self.codebook_size)]
-            raise ValueError(f"ids {wrong.flatten()[:4].tolist()} stand where image ids of their depth must stand")
+            raise ValueError(
+                f"ids {wrong.flatten()[:4].tolist()} stand where image ids of their depth must stand"
+            )
         return codes_Q
 
     def _offsets(self, like: Tensor) -> Tensor:
@@ -86,7 +90,9 @@ class Vocabulary:
 def train_text_tokenizer(texts: list[str], size: int = 2048) -> PreTrainedTokenizerFast:
     """Byte-level BPE (any string can be written, nothing is unknown) trained on `texts`; at most `size` ids."""
     if size < 300:
-        raise ValueError(f"a byte-level vocabulary needs its 256 bytes and some merges: size={size}, at least 300")
+        raise ValueError(
+            f"a byte-level vocabulary needs its 256 bytes and some merges: size={size}, at least 300"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -111,7 +117,9 @@ def extend(tokenizer: PreTrainedTokenizerFast, codebook_size: int, depth: int) -
     names = [f"<|image_{i}|>" for i in range(depth * codebook_size)]
     offset = len(tokenizer)
     if tokenizer.add_tokens(names, special_tokens=True) != len(names):
-        raise ValueError("the tokenizer has some of the tokens <|image_0|> … already; start from its unextended form")
+        raise ValueError(
+            "the tokenizer has some of the tokens <|image_0|> … already; start from its unextended form"
+        )
     start, end = (tokenizer.convert_tokens_to_ids(t) for t in (IMAGE_START, IMAGE_END))
     return Vocabulary(
         bos=int(tokenizer.bos_token_id),

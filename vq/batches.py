@@ -48,7 +48,9 @@ class Augment:
             x_BCHW = torch.where(mirrored[:, None, None, None], x_BCHW.flip(3), x_BCHW)
         warped = (torch.rand(B, generator=random) < self.share).nonzero().flatten()
         if len(warped):
-            grid = F.affine_grid(self._affine(len(warped), width, random), list(x_BCHW[warped].shape), align_corners=False)
+            grid = F.affine_grid(
+                self._affine(len(warped), width, random), list(x_BCHW[warped].shape), align_corners=False
+            )
             x_BCHW = x_BCHW.index_copy(
                 0, warped, F.grid_sample(x_BCHW[warped], grid, padding_mode="border", align_corners=False)
             )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from vq.quantizers import LibraryResidualQuantizer
+from vq.quantizers import LibraryResidualQuantizer, nearest_codes
 
 
 class CodebookReset:
@@ -27,12 +27,20 @@ class CodebookReset:
     so that a resumed run draws the same. State: `state_dict` / `load_state_dict` (plain tensors).
     """
 
-    def __init__(self, window: int = 50, threshold: float = 0.1, cooldown: int = 1, stop: float = 0.8, seed: int = 0):
+    def __init__(
+        self, window: int = 50, threshold: float = 0.1, cooldown: int = 1, stop: float = 0.8, seed: int = 0
+    ):
         if window < 1 or cooldown < 0:
             raise ValueError(f"window={window}, cooldown={cooldown}: need at least 1 batch and 0 windows")
         if not 0 <= threshold < 1 or not 0 <= stop <= 1:
             raise ValueError(f"threshold={threshold} must lie in [0, 1) and stop={stop} in [0, 1]")
-        self.window, self.threshold, self.cooldown, self.stop, self.seed = window, threshold, cooldown, stop, seed
+        self.window, self.threshold, self.cooldown, self.stop, self.seed = (
+            window,
+            threshold,
+            cooldown,
+            stop,
+            seed,
+        )
         self.counts_QK: Tensor | None = None
         self.rest_QK: Tensor | None = None
         self.batches = 0
@@ -83,6 +91,35 @@ class CodebookReset:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.batches * 101 + depth)
         return torch.multinomial(weights, wanted, replacement=False, generator=generator).to(errors_N.device)
 
+    @torch.no_grad()
+    def finish(self, quantizer: LibraryResidualQuantizer, z_BDhw: Tensor, rounds: int = 8) -> list[int]:
+        """After training: codes that no latent of the training set chooses are replaced, until every code is chosen.
+
+        z_BDhw: latents of the whole training set. Depth by depth, since changing one changes what the next is given.
+        A replacement is a residual with a large error, so at least that one chooses it; a code it takes vectors from
+        may fall out of use, hence rounds. Codes in use stay as they are. Returns how many are unused at the end, per
+        depth: 0 unless the training set has too few distinct residuals.
+        """
+        left = []
+        for depth in range(quantizer.depth):
+            given_ND = quantizer.residuals(z_BDhw)[0][depth]
+            for _ in range(rounds):
+                unused, errors_N = self._unused(quantizer.codebook(depth), given_ND)
+                if not len(unused):
+                    break
+                self.batches += 1  # another draw
+                drawn = self._draw(errors_N, len(unused), depth)
+                quantizer.replace_codes(depth, unused[: len(drawn)], given_ND[drawn])
+            left.append(len(self._unused(quantizer.codebook(depth), given_ND)[0]))
+        return left
+
+    @staticmethod
+    def _unused(book_KD: Tensor, given_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes that no vector chooses, and the squared error of each vector."""
+        chosen_N = nearest_codes(given_ND, book_KD)
+        unused = (torch.bincount(chosen_N, minlength=len(book_KD)) == 0).nonzero().flatten()
+        return unused, (given_ND - book_KD[chosen_N]).square().sum(1)
+
     def state_dict(self) -> dict[str, Tensor]:
         if self.counts_QK is None or self.rest_QK is None:
             return {}
@@ -98,6 +135,9 @@ class NoReset:
     """The null member: codes are left as they are."""
 
     def observe(self, quantizer: object, z_BDhw: Tensor, codes_BhwQ: Tensor, progress: float) -> list[int]:
+        return []
+
+    def finish(self, quantizer: object, z_BDhw: Tensor) -> list[int]:
         return []
 
     def state_dict(self) -> dict[str, Tensor]:

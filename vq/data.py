@@ -223,7 +223,7 @@ class ImageFolder:
             visible = [Path(folder, each) for each in names if not _hidden(each)]
             metadata += _metadata_of([each for each in visible if each.name in _METADATA])
             files += [each for each in visible if each.suffix.lower() in EXTENSIONS]
-        return sorted(files), sorted(metadata), sorted(linked)
+        return sorted(files), sorted(metadata, key=lambda each: each.parent), sorted(linked)
 
     def _listed(self, rows: list[_Row]) -> list[Picture]:
         found: list[Picture] = []

@@ -29,9 +29,7 @@ from vqlm.hardware import Device, detect
 SMALLEST_FOR_SSIM = 11
 
 
-def evaluate(
-    tokenizer: str, images: ImageData, out: str, batch_size: int, device: Device
-) -> None:
+def evaluate(tokenizer: str, images: ImageData, out: str, batch_size: int, device: Device) -> None:
     """Measure a saved tokenizer on pictures."""
     model = ImageTokenizer.from_pretrained(tokenizer).to(detect(device, "fp32").device)
     check_size(images, model)
@@ -45,10 +43,14 @@ def check_size(images: ImageData, tokenizer: ImageTokenizer) -> None:
     f = tokenizer.downsample
     if images.size % f:
         nearest_size = max(f, round(images.size / f) * f)
-        raise ConfigError(f"images.size={images.size} is not a multiple of the downsampling {f}; nearest: {nearest_size}")
+        raise ConfigError(
+            f"images.size={images.size} is not a multiple of the downsampling {f}; nearest: {nearest_size}"
+        )
 
 
-def report(tokenizer: ImageTokenizer, images: ImageData, out: Path, batch_size: int, extra: Any = None) -> dict[str, Any]:
+def report(
+    tokenizer: ImageTokenizer, images: ImageData, out: Path, batch_size: int, extra: Any = None
+) -> dict[str, Any]:
     """Measure both splits; write metrics.json and the pictures; print a table. Returns the metrics."""
     metrics: dict[str, Any] = dict(extra or {})
     metrics |= {"fingerprint": tokenizer.fingerprint, "codebook_size": tokenizer.codebook_size}
@@ -86,7 +88,11 @@ def measure(
         metrics["fwd"] = finite(frechet_wavelet_distance(real, made))
         metrics["fwd_level"] = wavelet_level(*real.shape[2:])
     result = use.result()
-    metrics |= {"codes_used": result["used"], "codes_dead": result["dead"], "perplexity": result["perplexity"]}
+    metrics |= {
+        "codes_used": result["used"],
+        "codes_dead": result["dead"],
+        "perplexity": result["perplexity"],
+    }
     return metrics, made, use.counts_QK
 
 
@@ -102,7 +108,10 @@ def reconstruction_sheet(shown: list[tuple[str, PictureSet, Tensor]], count: int
         chosen = [int(i) for i in torch.linspace(0, len(pictures) - 1, min(2 * count, len(pictures)))]
         for part in (chosen[:count], chosen[count:]):
             if part:
-                rows += [[to_image(from_bytes(pictures.x_NCHW[i])) for i in part], [to_image(made[i]) for i in part]]
+                rows += [
+                    [to_image(from_bytes(pictures.x_NCHW[i])) for i in part],
+                    [to_image(made[i]) for i in part],
+                ]
                 captions = [pictures.captions[i] or pictures.ids[i] for i in part]
                 labels += [[f"{split}: {caption}" for caption in captions], ["reconstructed"] * len(part)]
     return contact_sheet(rows, labels)

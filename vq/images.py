@@ -12,6 +12,7 @@ What is decided here:
 - *Transparency*: laid on a background, white unless asked otherwise, by the stored (sRGB) values.
 - *Orientation*: the EXIF tag is applied. EXIF that cannot be read is taken as absent.
 - *Colour profile*: RGB, grey and CMYK profiles are converted to sRGB; a broken or mismatched one is ignored.
+- *CMYK JPEG*: ink is stored inverted where the Adobe marker says who wrote it, and straight otherwise.
 - *Grey of 12 or 16 bits*: full scale becomes 255. Integers of 32 bits are read as 16-bit values.
 - *Floating point*: the smallest full scale among 1, 255 and 65535 that holds every value becomes 255.
 - *Beyond these ranges*, negative or not finite: a reject, since any scale would be a guess.
@@ -31,7 +32,16 @@ from typing import IO, Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageColor, ImageDraw, ImageFile, ImageFont, UnidentifiedImageError
+from PIL import (
+    Image,
+    ImageChops,
+    ImageCms,
+    ImageColor,
+    ImageDraw,
+    ImageFile,
+    ImageFont,
+    UnidentifiedImageError,
+)
 from torch import Tensor
 
 MAX_PIXELS = 50_000_000
@@ -114,7 +124,7 @@ def open_image(
         if width * height > max_pixels:
             raise Reject("too-many-pixels", f"{width}x{height}, at most {max_pixels} pixels are read")
         _load(image)
-        return _upright(to_rgb(image, background), image)
+        return _upright(to_rgb(_positive(image), background), image)
 
 
 def _stream(source: str | Path | bytes) -> IO[bytes]:
@@ -131,11 +141,10 @@ def _stream(source: str | Path | bytes) -> IO[bytes]:
         raise Reject("missing", "a broken link" if os.path.islink(source) else "no such file") from error
     except OSError as error:
         raise Reject("unreadable", error.strerror or type(error).__name__) from error
-    file = os.fdopen(handle, "rb")
     status = os.fstat(handle)
     if stat.S_ISREG(status.st_mode) and status.st_size:
-        return file
-    file.close()
+        return os.fdopen(handle, "rb")
+    os.close(handle)
     if stat.S_ISREG(status.st_mode):
         raise Reject("empty", "0 bytes")
     raise Reject("not-a-file", "a folder, a pipe or a device")
@@ -237,6 +246,15 @@ def _mend_transparent_colour(image: ImageFile.ImageFile) -> None:
         image.info["transparency"] = key * 255 // (2**depth - 1)
     elif depth == 16 and image.mode == "RGB":
         image.info["transparency"] = tuple(value >> 8 for value in key)
+
+
+def _positive(image: ImageFile.ImageFile) -> Image.Image:
+    """Undo Pillow's inversion of a CMYK JPEG where there is no Adobe marker: only Adobe stores ink inverted."""
+    if image.format != "JPEG" or image.mode != "CMYK" or "adobe" in image.info:
+        return image
+    inverted = ImageChops.invert(image)
+    inverted.info = dict(image.info)
+    return inverted
 
 
 def _upright(picture: Image.Image, opened: Image.Image) -> Image.Image:

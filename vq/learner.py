@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vq.codebook import CodebookReset, NoReset
+from vq.images import from_bytes
 from vq.losses.reconstruction import Loss
 from vq.quantizers import LibraryResidualQuantizer
 from vq.tokenizer import ImageTokenizer, Reconstruction
@@ -32,7 +33,9 @@ class TokenizerLearner(Learner):
     ):
         if not losses:
             raise ValueError("losses is empty: a tokenizer needs at least a reconstruction loss")
-        super().__init__(tokenizer.to(memory_format=torch.channels_last), optimizer, budget, clip, max_bad_batches)
+        super().__init__(
+            tokenizer.to(memory_format=torch.channels_last), optimizer, budget, clip, max_bad_batches
+        )
         self.terms, self.reset = losses, reset
         self._made: Reconstruction | None = None
 
@@ -50,6 +53,16 @@ class TokenizerLearner(Learner):
         z = made.z_BDhw.detach()
         replaced = self.reset.observe(quantizer, z, made.quantized.codes_BhwQ, self.progress)
         return {f"replaced_{depth}": float(count) for depth, count in enumerate(replaced)}
+
+    @torch.no_grad()
+    def finish(self, x_NCHW: Tensor, batch_size: int) -> list[int]:
+        """After training: see to it that every code is used on the training pictures (uint8). Unused ones per depth."""
+        model = self.model.eval()
+        if not isinstance(model.quantizer, LibraryResidualQuantizer):
+            return []
+        device = next(model.parameters()).device
+        latents = [model.encoder(from_bytes(x).to(device)).float() for x in x_NCHW.split(batch_size)]
+        return self.reset.finish(model.quantizer, torch.cat(latents))
 
     def extra_state(self) -> dict[str, Tensor]:
         return {f"reset/{k}": v for k, v in self.reset.state_dict().items()}

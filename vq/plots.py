@@ -10,7 +10,7 @@ from torch import Tensor
 from vqlm.files import new_file
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  the backend is chosen first
+from matplotlib import pyplot as plt
 
 
 def plot_code_use(counts: dict[str, Tensor], path: Path) -> None:

@@ -21,7 +21,9 @@ from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
 from vqlm.checkpoint import declared
 
-CHUNK_BYTES = 16 * 2**20  # of the (rows, K) distance buffer: stays near the cache, far below the library's N×K
+CHUNK_BYTES = (
+    16 * 2**20
+)  # of the (rows, K) distance buffer: stays near the cache, far below the library's N×K
 GROUP = 64  # width of the first stage of `nearest_codes`
 
 
@@ -59,10 +61,14 @@ class LibraryResidualQuantizer(Quantizer):
     Kept as the reference that `ResidualQuantizer` is tested against and measured beside.
     """
 
-    def __init__(self, dim: int, codebook_size: int, depth: int = 1, decay: float = 0.99, rotation_trick: bool = False):
+    def __init__(
+        self, dim: int, codebook_size: int, depth: int = 1, decay: float = 0.99, rotation_trick: bool = False
+    ):
         super().__init__()
         if dim < 1 or depth < 1 or codebook_size < 2:
-            raise ValueError(f"dim={dim}, depth={depth}, codebook_size={codebook_size}: need at least 1, 1 and 2")
+            raise ValueError(
+                f"dim={dim}, depth={depth}, codebook_size={codebook_size}: need at least 1, 1 and 2"
+            )
         if not 0 < decay < 1:
             raise ValueError(f"decay={decay}: must lie between 0 and 1 (both excluded)")
         self.dim, self.depth, self.codebook_size, self.decay = dim, depth, codebook_size, decay
@@ -148,7 +154,9 @@ class ResidualQuantizer(LibraryResidualQuantizer):
             if self.training:
                 losses.append(F.mse_loss(chosen, residual))
                 self._update_averages(d, residual.detach(), indices)
-            passed = self._pass_gradient(residual, chosen) if self.training and z_BND.requires_grad else chosen
+            passed = (
+                self._pass_gradient(residual, chosen) if self.training and z_BND.requires_grad else chosen
+            )
             residual = residual - passed.detach()
             total = total + passed
             codes.append(indices)
@@ -205,7 +213,9 @@ def nearest_codes(x_ND: Tensor, book_KD: Tensor) -> Tensor:
     indices = torch.empty(N, dtype=torch.int64, device=x_ND.device)
     for start in range(0, N, rows):
         x = x_ND[start : start + rows]
-        distances = torch.addmm(bias, x, transposed, alpha=-2, out=buffer[: len(x)]).view(len(x), K // group, group)
+        distances = torch.addmm(bias, x, transposed, alpha=-2, out=buffer[: len(x)]).view(
+            len(x), K // group, group
+        )
         best_group = distances.amin(2).argmin(1)
         within = distances[torch.arange(len(x), device=x.device), best_group].argmin(1)
         indices[start : start + rows] = best_group * group + within

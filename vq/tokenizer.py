@@ -46,9 +46,13 @@ class ImageTokenizer(nn.Module):
         if len(set(widths.values())) > 1:
             raise ValueError(f"latent widths differ: {widths}; they must be one number")
         if encoder.downsample != decoder.downsample:
-            raise ValueError(f"the encoder divides by {encoder.downsample}, the decoder by {decoder.downsample}")
+            raise ValueError(
+                f"the encoder divides by {encoder.downsample}, the decoder by {decoder.downsample}"
+            )
         if image_size < 1 or image_size % int(encoder.downsample):
-            raise ValueError(f"image_size={image_size} is not a multiple of the downsampling {encoder.downsample}")
+            raise ValueError(
+                f"image_size={image_size} is not a multiple of the downsampling {encoder.downsample}"
+            )
         self.encoder, self.quantizer, self.decoder = encoder, quantizer, decoder
         self.image_size = image_size
 
@@ -83,7 +87,9 @@ class ImageTokenizer(nn.Module):
         x_BCHW = self._check_pixels(x_BCHW)
         if x_BCHW.numel() and not (x_BCHW.min() >= -1.001 and x_BCHW.max() <= 1.001):
             low, high = float(x_BCHW.min()), float(x_BCHW.max())
-            raise ValueError(f"pixels lie in [{low:.3g}, {high:.3g}]; expected [-1, 1] (vq.images.to_pixels gives that)")
+            raise ValueError(
+                f"pixels lie in [{low:.3g}, {high:.3g}]; expected [-1, 1] (vq.images.to_pixels gives that)"
+            )
         was_training = self.training
         self.eval()
         try:
@@ -111,7 +117,9 @@ class ImageTokenizer(nn.Module):
         if not x_BCHW.is_floating_point():
             raise ValueError(f"pixels are {x_BCHW.dtype}; expected float in [-1, 1]")
         if x_BCHW.shape[2] % self.downsample or x_BCHW.shape[3] % self.downsample:
-            raise ValueError(f"picture of {x_BCHW.shape[2]}x{x_BCHW.shape[3]} px: sides must be multiples of {self.downsample}")
+            raise ValueError(
+                f"picture of {x_BCHW.shape[2]}x{x_BCHW.shape[3]} px: sides must be multiples of {self.downsample}"
+            )
         return x_BCHW
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -63,10 +63,24 @@ def train(
         workers,
         checkpoint_minutes,
     )
-    tokenizer.cpu().eval()
-    tokenizer.save_pretrained(folder / "tokenizer")
-    run = {"batches": training.batches_seen, "images": training.samples_seen, "minutes": training.seconds / 60}
-    report(tokenizer.to(hardware.device), images, folder, batch_size, {"run": {**run, "bad_batches": training.bad_batches}})
+    unused = training.finish(images.train.x_NCHW, batch_size)
+    if any(unused):
+        print(
+            f"codes that no training picture uses, per depth: {unused}: the set has too few distinct patches for them"
+        )
+    tokenizer.eval().save_pretrained(folder / "tokenizer")
+    run = {
+        "batches": training.batches_seen,
+        "images": training.samples_seen,
+        "minutes": training.seconds / 60,
+    }
+    report(
+        tokenizer.to(hardware.device),
+        images,
+        folder,
+        batch_size,
+        {"run": {**run, "bad_batches": training.bad_batches}},
+    )
     print(f"tokenizer: {folder / 'tokenizer'}   pictures: {folder / 'reconstructions.png'}")
 
 

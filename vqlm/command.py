@@ -183,9 +183,15 @@ def run(made: Command, config: dict[str, Any]) -> None:
     if isinstance(config.get("seed"), int):
         _seed(config["seed"])
     built = schema.build(config, packages=made.packages)
+    fresh = out is not None and not Path(out, "config.yaml").exists()
     if out is not None:
         open_run_folder(out, config)
-    made.function(**schema.convert(built, made.function))
+    try:
+        made.function(**schema.convert(built, made.function))
+    except ConfigError:
+        if fresh:
+            _close_run_folder(Path(out))
+        raise
 
 
 def _numbered(config: dict[str, Any]) -> dict[str, Any]:
@@ -252,6 +258,13 @@ def open_run_folder(out: str, config: Mapping[str, Any]) -> None:
         files.write_text(Path(out, "config.yaml"), OmegaConf.to_yaml(OmegaConf.create(dict(config))))
     except OSError as error:
         raise ConfigError(f"out={out}: {error.strerror or error}") from error
+
+
+def _close_run_folder(folder: Path) -> None:
+    """Forget a run that was refused before it began, so that the corrected call may use the same folder."""
+    Path(folder, "config.yaml").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it holds something else already
+        folder.rmdir()
 
 
 def _read_config(path: Path) -> dict[str, Any]:

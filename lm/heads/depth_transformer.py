@@ -20,7 +20,13 @@ class DepthTransformerHead(Head):
     """hidden_size: the trunk's width C; dim, layers, heads: of the small transformer."""
 
     def __init__(
-        self, width: int, hidden_size: int, trunk_layers: int = 0, dim: int = 256, layers: int = 2, heads: int = 4
+        self,
+        width: int,
+        hidden_size: int,
+        trunk_layers: int = 0,
+        dim: int = 256,
+        layers: int = 2,
+        heads: int = 4,
     ):
         super().__init__()
         if dim % heads:
@@ -32,7 +38,9 @@ class DepthTransformerHead(Head):
         block = nn.TransformerEncoderLayer(
             dim, heads, 4 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
-        self.blocks = nn.TransformerEncoder(block, layers, norm=nn.RMSNorm(dim, eps=1e-6), enable_nested_tensor=False)
+        self.blocks = nn.TransformerEncoder(
+            block, layers, norm=nn.RMSNorm(dim, eps=1e-6), enable_nested_tensor=False
+        )
         self.out = nn.Linear(dim, hidden_size)
 
     def forward(self, inputs: TrunkInputs, choose: Choose) -> Predicted:

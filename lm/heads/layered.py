@@ -27,9 +27,13 @@ class LayeredHead(Head):
             step = max(1, trunk_layers // (2 * width))
             layers = [trunk_layers - 1 - step * (width - 1 - column) for column in range(width - 1)]
         if len(layers) != width - 1:
-            raise ValueError(f"layers={layers}: {width} columns need {width - 1} layers (the last is read off the end)")
+            raise ValueError(
+                f"layers={layers}: {width} columns need {width - 1} layers (the last is read off the end)"
+            )
         if sorted(set(layers)) != list(layers) or any(not 0 <= i < trunk_layers - 1 for i in layers):
-            raise ValueError(f"layers={layers}: must be ascending, from 0 to below {trunk_layers - 1} (the last layer)")
+            raise ValueError(
+                f"layers={layers}: must be ascending, from 0 to below {trunk_layers - 1} (the last layer)"
+            )
         self.width, self.layers = width, list(layers)
         self.norms = nn.ModuleList(nn.RMSNorm(hidden_size, eps=1e-6) for _ in layers)
 

@@ -41,7 +41,9 @@ class NextToken:
 
     def __init__(self, text: float = 0.2, image: float = 1.0, z: float = 1e-5):
         if text < 0 or image < 0 or z < 0 or text + image == 0:
-            raise ValueError(f"text={text}, image={image}, z={z}: weights must not be negative, text or image positive")
+            raise ValueError(
+                f"text={text}, image={image}, z={z}: weights must not be negative, text or image positive"
+            )
         self.text, self.image, self.z = text, image, z
 
     def losses(self, model: MultimodalLM, batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -60,9 +62,10 @@ def measure(model: MultimodalLM, batch: Batch) -> tuple[ModalityLoss, ModalityLo
     where_BT = model.is_image(next_BTW[..., 0])
     depth_BTW = Grammar(model.form).label_depths(next_BTW.cpu()).to(next_BTW.device)
 
+    rows = model.output_rows()
     is_text = depth_BTW[..., 0] == model.form.vocabulary.depth
     allowed = Grammar(model.form).text_mask(next_BTW.device)
-    text_logits = model.text_logits(made.hidden_BTC[is_text]).float().masked_fill(~allowed, -torch.inf)
+    text_logits = model.text_logits(made.hidden_BTC[is_text], rows).float().masked_fill(~allowed, -torch.inf)
     text = cross_entropy(text_logits, next_BTW[..., 0][is_text])
 
     image = ModalityLoss(text.nll.new_zeros(()), text.nll.new_zeros(()), 0)
@@ -70,7 +73,7 @@ def measure(model: MultimodalLM, batch: Batch) -> tuple[ModalityLoss, ModalityLo
         ids_N, depth_N = next_BTW[where_BT][:, column], depth_BTW[where_BT][:, column]
         for depth in depth_N.unique().tolist():
             at = depth_N == depth
-            logits = model.image_logits(feature_NC[at], depth).float()
+            logits = model.image_logits(feature_NC[at], depth, rows).float()
             part = cross_entropy(logits, ids_N[at] - model.form.vocabulary.image_range(depth).start)
             image = ModalityLoss(image.nll + part.nll, image.z + part.z, image.count + part.count)
     return text, image

@@ -60,7 +60,10 @@ class ConvEncoder(nn.Module):
         check_sizes(channels, blocks, patch, latent_dim)
         self.downsample = patch * 2 ** (len(channels) - 1)
         self.latent_dim = latent_dim
-        layers: list[nn.Module] = [nn.PixelUnshuffle(patch), nn.Conv2d(3 * patch**2, channels[0], 3, padding=1)]
+        layers: list[nn.Module] = [
+            nn.PixelUnshuffle(patch),
+            nn.Conv2d(3 * patch**2, channels[0], 3, padding=1),
+        ]
         for width, following in zip(channels, [*channels[1:], None], strict=True):
             layers += [ResidualBlock(width) for _ in range(blocks)]
             if following:

@@ -1,0 +1,215 @@
+"""The training loop: resumed = uninterrupted, to the bit; signals, NaN, damaged checkpoints, counting."""
+
+import os
+import signal
+
+import pytest
+import torch
+from tiny import make_model, make_tokenizer
+from torch.utils.data import Dataset
+
+from lm.data import DocumentBatches, Mixture, Pairs
+from lm.learner import LMLearner
+from lm.objectives.next_token import NextToken
+from vq.batches import Augment, PictureBatches
+from vq.codebook import CodebookReset
+from vq.learner import TokenizerLearner
+from vq.losses.reconstruction import Commitment, Squared
+from vqlm.errors import Interrupted
+from vqlm.hardware import Hardware, detect
+from vqlm.training import Budget, Checkpoints, fit, read_log
+
+CPU = Hardware(torch.device("cpu"), "fp32")
+PICTURES = torch.randint(
+    0, 256, (20, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
+
+
+def adam(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-3)
+
+
+def tokenizer_learner(batches=8, **options):
+    tokenizer = make_tokenizer().train()
+    losses = {"reconstruction": Squared(), "commitment": Commitment(0.25)}
+    budget = Budget(batches=batches, warmup=2)
+    return TokenizerLearner(tokenizer, losses, CodebookReset(window=2), adam, budget, **options)
+
+
+def pictures(total):
+    return PictureBatches(PICTURES, 4, 0, Augment(), total)
+
+
+def lm_learner(batches=8):
+    model, _ = make_model()
+    return LMLearner(model.train(), NextToken(), adam, Budget(batches=batches, warmup=2))
+
+
+def documents(total):
+    form = make_model()[0].form
+    generator = torch.Generator().manual_seed(0)
+    names = [str(i) for i in range(12)]
+    codes = torch.randint(0, 16, (12, 2, 2, 2), generator=generator)
+    pairs = Pairs([(i, i + 1) for i in range(12)], codes, names, names, names)
+    return DocumentBatches(pairs, form, Mixture(), 4, 32, 0, total)
+
+
+class Disturbed(Dataset):
+    """A run's batches, with something happening when batch `at` is read."""
+
+    def __init__(self, batches, at, happen):
+        self.batches, self.at, self.happen = batches, at, happen
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, n):
+        batch = self.batches[n]
+        return self.happen(batch) if n in self.at else batch
+
+
+def terminate(batch):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return batch
+
+
+def state(learner):
+    tensors, data = learner.training_state()
+    data["counters"].pop("seconds")
+    return tensors, data
+
+
+ROADS = {"tokenizer": (tokenizer_learner, pictures), "language model": (lm_learner, documents)}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("road", ROADS)
+def test_a_terminated_and_resumed_run_is_the_uninterrupted_one_to_the_bit(road, workers, tmp_path):
+    make, batches = ROADS[road]
+    torch.manual_seed(0)
+    whole = make()
+    fit(whole, batches, tmp_path / "whole", CPU, "test")
+
+    torch.manual_seed(0)
+    first = make()
+    with pytest.raises(Interrupted) as exit_:
+        fit(first, lambda total: Disturbed(batches(total), {3}, terminate), tmp_path / "parts", CPU, "test")
+    assert exit_.value.code == 143
+    assert first.batches_seen == 4  # the step was finished
+    torch.manual_seed(99)
+    second = make()
+    fit(second, batches, tmp_path / "parts", CPU, "test", workers)
+
+    expected, found = state(whole), state(second)
+    assert expected[1] == found[1]
+    assert expected[0].keys() == found[0].keys()
+    assert len(expected[0]) > 40
+    for name, tensor in expected[0].items():
+        if not name.startswith("random/"):
+            assert torch.equal(tensor, found[0][name]), name
+    logged = [e["batch"] for e in read_log(tmp_path / "parts" / "log.jsonl")]
+    assert logged == sorted(set(logged))
+    assert logged[-1] == 8
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    first = tokenizer_learner(3)
+    fit(first, pictures, tmp_path, CPU, "test")
+    again = tokenizer_learner(3)
+    fit(again, lambda total: pytest.fail("read data"), tmp_path, CPU, "test")
+    assert again.batches_seen == 3
+    assert torch.equal(again.model.quantizer.codebook(0), first.model.quantizer.codebook(0))
+
+
+def test_a_batch_that_is_not_finite_changes_nothing(tmp_path):
+    def spoil(batch):
+        batch = batch.clone()
+        batch[0, 0, 0, 0] = float("nan")
+        return batch
+
+    learner, reference = tokenizer_learner(6), tokenizer_learner(6)
+    with pytest.warns(UserWarning, match="skipped"):
+        fit(learner, lambda total: Disturbed(pictures(total), {2, 4}, spoil), tmp_path / "a", CPU, "test")
+    assert (learner.batches_seen, learner.bad_batches) == (6, 2)
+    assert all(bool(torch.isfinite(t).all()) for t in learner.model.state_dict().values())
+    # the codebook's averages moved four times, not six
+    fit(reference, pictures, tmp_path / "b", CPU, "test")
+    assert not torch.equal(learner.model.quantizer.codebook(0), reference.model.quantizer.codebook(0))
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight(tmp_path):
+    learner = lm_learner(1)
+    before = {k: v.clone() for k, v in learner.model.state_dict().items()}
+    learner.model.lm.get_input_embeddings().weight.register_hook(lambda g: g * float("inf"))
+    with pytest.warns(UserWarning, match="gradient norm"):
+        fit(learner, documents, tmp_path, CPU, "test")
+    assert all(torch.equal(v, learner.model.state_dict()[k]) for k, v in before.items())
+
+
+def test_too_many_bad_batches_in_a_row_end_the_run_with_advice(tmp_path):
+    learner = tokenizer_learner(20, max_bad_batches=3)
+    with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="learning rate"):
+        fit(
+            learner,
+            lambda t: Disturbed(pictures(t), set(range(20)), lambda b: b * float("nan")),
+            tmp_path,
+            CPU,
+            "test",
+        )
+    assert learner.bad_batches == 3
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+    learner = tokenizer_learner(8)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for seen in (1, 2, 3):
+        learner.batches_seen = seen
+        checkpoints.save(learner)
+    assert [p.name for p in checkpoints.all()] == ["batch-00000002", "batch-00000003"]
+    newest = checkpoints.all()[-1] / "state.safetensors"
+    damaged = bytearray(newest.read_bytes())
+    damaged[len(damaged) // 2] ^= 1  # one bit
+    newest.write_bytes(damaged)
+    fresh = tokenizer_learner(8)
+    with pytest.warns(UserWarning, match="damaged"):
+        found = checkpoints.resume(fresh)
+    assert found is not None and found.name == "batch-00000002"
+    assert fresh.batches_seen == 2
+
+
+def test_a_half_written_checkpoint_is_no_checkpoint(tmp_path):
+    (tmp_path / ".batch-00000009.0123abcd.part").mkdir()
+    (tmp_path / ".batch-00000009.0123abcd.part" / "state.safetensors").write_bytes(b"half")
+    assert Checkpoints(tmp_path).resume(tokenizer_learner()) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_minutes_end_a_run_too(tmp_path):
+    learner = tokenizer_learner()
+    learner.budget = Budget(minutes=0.5 / 60)
+    fit(learner, pictures, tmp_path, CPU, "test")
+    assert learner.progress == 1
+    assert 0.5 <= learner.seconds < 5
+
+
+def test_the_learning_rate_rises_stays_and_falls_to_zero():
+    budget = Budget(batches=100, warmup=9, cooldown=0.5)
+    rates = [budget.rate(n, budget.progress(n, 0.0)) for n in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[10:50] == [1.0] * 40
+    assert rates[75] == pytest.approx(0.5)
+    assert rates[100] == 0
+    assert Budget(batches=100, minutes=1).progress(10, 30) == 0.5
+
+
+@pytest.mark.parametrize("options", [{}, {"batches": -1}, {"batches": 1, "cooldown": 2.0}])
+def test_impossible_budgets_are_refused(options):
+    with pytest.raises(ValueError, match="batches"):
+        Budget(**options)
+
+
+def test_an_absent_device_is_refused_by_name():
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="available: "):
+            detect("cuda")
+    assert detect("cpu", "fp32").precision == "fp32"
