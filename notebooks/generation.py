@@ -14,7 +14,7 @@
 # One model reads and writes text and pictures as one sequence of ids. Here it draws prompts, describes a picture,
 # goes on from a mixed prompt, and you look at the ids behind all that.
 #
-# Run as it is, this takes a minute: it trains a toy on drawn shapes, which shows how things work and draws
+# Run as it is, this takes a minute or two: it trains a toy on drawn shapes, which shows how things work and draws
 # badly. After `make demo` it finds the real model.
 
 # %%
@@ -51,9 +51,11 @@ def command(module: str, *arguments: str) -> None:
 def make_toy() -> Path:
     """The whole road in three commands: pictures, tokenizer, codes, language model."""
     vq, store, out = (Path(scratch.name, name) for name in ("vq", "store", "lm"))
-    command("vq.train", "images=shapes", "vq_size=smoke", f"out={vq}")
-    command("vq.encode", "images=shapes", "images.size=16", f"tokenizer={vq}/tokenizer", f"out={store}")
-    command("lm.train", "lm_size=smoke", f"store={store}", f"out={out}")
+    images = ("images=shapes", "images.size=32")
+    longer = "learner.budget.batches=400"
+    command("vq.train", *images, "vq_size=smoke", longer, f"out={vq}")
+    command("vq.encode", *images, f"tokenizer={vq}/tokenizer", f"out={store}")
+    command("lm.train", "lm_size=smoke", longer, f"store={store}", f"out={out}")
     return out / "model"
 
 
@@ -105,17 +107,22 @@ contact_sheet([[own, given]], [pipe.captions([own, given], limit=16)], tile=160)
 # %% [markdown]
 # ## Go on from text and pictures
 #
-# A prompt may mix both in any order, and so may the answer. The models trained here have seen only pairs of a
-# caption and its picture, so don't expect sense beyond that.
+# A prompt may mix both in any order, and so may the answer: here the beginning of a caption, a picture, and a
+# caption with its picture and a further caption. The models trained here have seen only pairs of a caption and
+# its picture, so they often end where one would go on; nothing is then the right answer.
 
 # %%
-answer = pipe.complete(
-    [given, "and next to it", own, prompt], limit=16, max_images=1, temperature=0.7, seed=3
-)
-for part in answer:
-    print(repr(part) if isinstance(part, str) else f"a picture of {part.width}x{part.height}")
-drawn = [part for part in answer if not isinstance(part, str)]
-contact_sheet([[given, own, *drawn]], [["given", "given", *["drawn"] * len(drawn)]])
+words_of_prompt = prompt.split()
+beginning = " ".join(words_of_prompt[: -(-len(words_of_prompt) // 2)])
+parts, labels = [], []
+for start in ([beginning], [given], ["a large blue square", given, prompt]):
+    answer = pipe.complete(start, limit=16, max_images=1, temperature=0.7, seed=1)
+    told = [part if isinstance(part, str) else "[picture]" for part in start]
+    print(told, "→", [part if isinstance(part, str) else "[picture]" for part in answer])
+    drawn = [part for part in answer if not isinstance(part, str)]
+    parts += drawn
+    labels += [f"drawn after {told[-1]!r}"] * len(drawn)
+contact_sheet([[given, *parts]], [["the picture given", *labels]])
 
 # %% [markdown]
 # ## The ids

@@ -48,7 +48,13 @@ def find_or_train() -> Path:
         if (root / "runs/demo/tokenizer/config.json").is_file():
             return root / "runs/demo/tokenizer"
     out = Path(scratch.name, "vq")
-    arguments = ["images=shapes", "vq_size=smoke", "learner.budget.batches=300", f"out={out}"]
+    arguments = [
+        "images=shapes",
+        "vq_size=smoke",
+        "images.size=32",
+        "learner.budget.batches=400",
+        f"out={out}",
+    ]
     done = subprocess.run([sys.executable, "-m", "vq.train", *arguments], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)

@@ -518,7 +518,8 @@ class ImageData(L.LightningDataModule):
 
     Args:
         source: OpenMoji, ImageFolder, HubImages, or anything with their two members.
-        size: side of the square that every picture becomes.
+        size: side of the square that every picture becomes; None: set it before `setup`, as the commands that read a
+            tokenizer do.
         holdout: share of the concepts to hold out, in [0, 1).
         seed: draws another held-out share.
         fit: "crop" keeps the middle square, "pad" keeps everything and fills up with white.
@@ -535,14 +536,14 @@ class ImageData(L.LightningDataModule):
     def __init__(
         self,
         source: Source,
-        size: int,
+        size: int | None,
         holdout: float = 0.05,
         seed: int = 0,
         fit: Literal["crop", "pad"] = "crop",
         max_bad_fraction: float = 0.5,
     ) -> None:
         super().__init__()
-        if size < 1:
+        if size is not None and size < 1:
             raise ConfigError(f"size={size}: at least 1 pixel")
         if not 0 <= holdout < 1:
             raise ConfigError(f"holdout={holdout}: a share from 0 to below 1, such as 0.05")
@@ -577,6 +578,8 @@ class ImageData(L.LightningDataModule):
         """
         if self._sets is not None:
             return
+        if self.size is None:
+            raise ConfigError("images.size is null: give a number of pixels")
         pictures = self.source.pictures(self.size)
         _check_ids(pictures)
         parts: list[list[Picture]] = [[], []]
@@ -584,13 +587,13 @@ class ImageData(L.LightningDataModule):
             parts[_share(self.seed, picture.concept) < self.holdout].append(picture)
         self.rejects = []
         with tqdm(total=len(pictures), desc="reading pictures", unit=" pictures") as bar:
-            train, heldout = (self._decode_all(part, bar) for part in parts)
+            train, heldout = (self._decode_all(part, self.size, bar) for part in parts)
         self._check_yield(len(pictures), len(train))
         self._sets = train, heldout
 
-    def _decode_all(self, pictures: list[Picture], bar: tqdm) -> PictureSet:
+    def _decode_all(self, pictures: list[Picture], size: int, bar: tqdm) -> PictureSet:
         """In order, into one tensor; rejected pictures leave no gap."""
-        x_NCHW = torch.empty(len(pictures), 3, self.size, self.size, dtype=torch.uint8)
+        x_NCHW = torch.empty(len(pictures), 3, size, size, dtype=torch.uint8)
         good: list[Picture] = []
         for picture, result in zip(pictures, _in_threads(self._decode, pictures), strict=True):
             if isinstance(result, Reject):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Literal
 
 from vq.data import ImageData
-from vq.evaluate import check_size
+from vq.evaluate import settle_size
 from vq.store import SplitPictures, write_store
 from vq.tokenizer import ImageTokenizer
 from vqlm.command import command
@@ -32,7 +32,7 @@ def encode(
     if batch_size < 1 or shard_size < 1:
         raise ConfigError(f"batch_size={batch_size}, shard_size={shard_size}: both must be at least 1")
     model = ImageTokenizer.from_pretrained(tokenizer).to(detect(device, "fp32").device)
-    check_size(images, model)
+    settle_size(images, model)
     images.setup()
     print(images.report())
     pictures = SplitPictures(images.train, images.heldout, images.rejects)

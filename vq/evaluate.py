@@ -32,14 +32,19 @@ SMALLEST_FOR_SSIM = 11
 def evaluate(tokenizer: str, images: ImageData, out: str, batch_size: int, device: Device) -> None:
     """Measure a saved tokenizer on pictures."""
     model = ImageTokenizer.from_pretrained(tokenizer).to(detect(device, "fp32").device)
-    check_size(images, model)
+    settle_size(images, model)
     images.setup()
     print(images.report())
     report(model, images, Path(out), batch_size)
 
 
-def check_size(images: ImageData, tokenizer: ImageTokenizer) -> None:
-    """ConfigError unless the pictures' side is a multiple of the downsampling; called before data is read."""
+def settle_size(images: ImageData, tokenizer: ImageTokenizer) -> None:
+    """The pictures' side: the tokenizer's own where none was given. ConfigError if the downsampling does not divide it.
+
+    Called before data is read.
+    """
+    if images.size is None:
+        images.size = tokenizer.image_size
     f = tokenizer.downsample
     if images.size % f:
         nearest_size = max(f, round(images.size / f) * f)

@@ -14,7 +14,7 @@ from typing import Literal
 
 from vq.batches import Augment, NoAugment, PictureBatches
 from vq.data import ImageData
-from vq.evaluate import check_size, report
+from vq.evaluate import settle_size, report
 from vq.learner import TokenizerLearner
 from vq.tokenizer import ImageTokenizer
 from vqlm.command import command
@@ -42,7 +42,7 @@ def train(
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: must be at least 1")
     hardware = detect(device, precision)
-    check_size(images, tokenizer)
+    settle_size(images, tokenizer)
     training = learner(tokenizer=tokenizer)
     parameters = sum(p.numel() for p in tokenizer.parameters())
     grid = images.size // tokenizer.downsample

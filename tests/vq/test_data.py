@@ -518,6 +518,15 @@ def test_values_out_of_range(wrong):
         ImageData(Made(), **{"size": 8, **wrong})
 
 
+def test_size_may_be_set_before_setup():
+    data = ImageData(Made(3), size=None, holdout=0)
+    with pytest.raises(ConfigError, match=r"images\.size is null"):
+        data.setup()
+    data.size = 6
+    data.setup()
+    assert data.train.x_NCHW.shape == (3, 3, 6, 6)
+
+
 def test_select():
     part = PictureSet(
         torch.arange(3 * 12, dtype=torch.uint8).view(3, 3, 2, 2), list("abc"), list("def"), list("ghi")
