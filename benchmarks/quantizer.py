@@ -311,7 +311,7 @@ def verdict(results: list[dict[str, Any]]) -> str:
 
 
 def machine(threads: int) -> dict[str, Any]:
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     packages = {name: version(name) for name in ("torch", "vector-quantize-pytorch")}
     return {
         "system": platform.system(),

@@ -3,6 +3,11 @@
 `from lm import Pipeline` loads torch and transformers; `import lm` alone does not.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lm.pipeline import Pipeline
+
 __all__ = ["Pipeline"]
 
 

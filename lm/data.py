@@ -43,8 +43,13 @@ class Batch:
         return (same & causal)[:, None]
 
     def to(self, device: torch.device) -> Batch:
-        moved = (t.to(device) for t in (self.ids_BTW, self.next_BTW, self.document_BT, self.positions_BT))
-        return Batch(*moved, self.samples)
+        return Batch(
+            self.ids_BTW.to(device),
+            self.next_BTW.to(device),
+            self.document_BT.to(device),
+            self.positions_BT.to(device),
+            self.samples,
+        )
 
 
 @dataclass(frozen=True)

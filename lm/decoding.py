@@ -23,7 +23,7 @@ from lm.sequence import NONE, Image, SequenceFormat
 
 @dataclass(frozen=True)
 class Sampling:
-    """How ids are drawn: guidance (1 = none), then temperature (0 = greedy), then top-k (0 = all) and top-p (1 = all)."""
+    """How ids are drawn: guidance (1 = none), temperature (0 = greedy), top-k (0 = all), top-p (1 = all)."""
 
     guidance: float = 1.0
     temperature: float = 1.0
@@ -37,7 +37,8 @@ class Sampling:
         """Logits (R,V), or (2R,V) with the unconditional half last → ids (R)."""
         logits_BV = logits_BV.float()
         if self.guided:
-            logits_BV = guide(*logits_BV.chunk(2), self.guidance)
+            conditional, unconditional = logits_BV.chunk(2)
+            logits_BV = guide(conditional, unconditional, self.guidance)
         return draw(top_p(top_k(temper(logits_BV, self.temperature), self.top_k), self.top_p), random)
 
     @property

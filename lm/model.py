@@ -19,7 +19,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from lm.heads import Head, Predicted, TrunkInputs, last_chosen
 from lm.sequence import NONE, SequenceFormat
 
-
 Rows = tuple[Tensor, Tensor | None]  # weight (n,C) and bias (n) of some output ids
 
 
@@ -28,7 +27,7 @@ class MultimodalLM(nn.Module):
 
     def __init__(self, lm: PreTrainedModel, head: Head, form: SequenceFormat):
         super().__init__()
-        rows = lm.get_input_embeddings().weight.shape[0]
+        rows = embedding(lm).shape[0]
         if rows < form.vocabulary.size:
             raise ValueError(
                 f"the language model has {rows} rows, the vocabulary needs {form.vocabulary.size}"
@@ -70,12 +69,13 @@ class MultimodalLM(nn.Module):
 
         Taken apart once for all: a slice for each part would build a gradient of the full size for each.
         """
-        output, v = self.lm.get_output_embeddings(), self.form.vocabulary
+        output: Any = self.lm.get_output_embeddings()
+        v = self.form.vocabulary
         sizes = [v.image_offset, *[v.codebook_size] * v.depth, output.weight.shape[0] - v.size]
         weights = output.weight.split(sizes)
         bias = getattr(output, "bias", None)
-        biases = bias.split(sizes) if bias is not None else [None] * len(sizes)
-        return list(zip(weights, biases, strict=True))[:-1]
+        biases: Any = bias.split(sizes) if bias is not None else [None] * len(sizes)
+        return [*zip(weights, biases, strict=True)][:-1]
 
     def text_logits(self, hidden: Tensor, rows: list[Rows] | None = None) -> Tensor:
         """(…,C) → (…,V): scores of text ids and specials, unmasked. rows: `output_rows()`, if at hand."""
@@ -109,6 +109,12 @@ class MultimodalLM(nn.Module):
         return TrunkInputs(run, decoder_layers(trunk), self.embed)
 
 
+def embedding(lm: PreTrainedModel) -> Tensor:
+    """The input rows (V,C)."""
+    module: Any = lm.get_input_embeddings()
+    return module.weight
+
+
 def decoder_layers(trunk: nn.Module) -> nn.ModuleList:
     """The list of decoder layers of a transformers trunk (`layers` in Llama-like ones, `h` in GPT-2-like ones)."""
     for name in ("layers", "h"):
@@ -136,11 +142,11 @@ def add_rows(lm: PreTrainedModel, first: int, size: int, seed: int) -> None:
     New rows are drawn around the mean of the old ones with their standard deviation: transformers' default gives
     rows that are nearly all equal, which cannot be told apart.
     """
-    if lm.get_input_embeddings().weight.shape[0] < size:
+    if embedding(lm).shape[0] < size:
         lm.resize_token_embeddings(size, mean_resizing=False)
     random = torch.Generator().manual_seed(seed)
-    modules = [lm.get_input_embeddings(), lm.get_output_embeddings()]
-    weights = {id(m.weight): m.weight for m in modules}.values()  # one entry if tied
+    output: Any = lm.get_output_embeddings()
+    weights = {id(w): w for w in (embedding(lm), output.weight)}.values()  # one entry if tied
     for weight in weights:
         old = weight[:first].float()
         noise = torch.randn(size - first, weight.shape[1], generator=random).to(weight.device)

@@ -63,8 +63,8 @@ def train(
     pairs = read_pairs(codes, "train", pipeline.encode_text)
     parameters = sum(p.numel() for p in pipeline.model.parameters())
     print(
-        f"language model of {parameters / 1e6:.1f} M parameters on {hardware}: {len(pairs):,} pairs, {layout.name} layout, "
-        f"{pipeline.model.form.image_length} positions a picture, {type(made).__name__}"
+        f"language model of {parameters / 1e6:.1f} M parameters on {hardware}: {len(pairs):,} pairs, "
+        f"{layout.name} layout, {pipeline.model.form.image_length} positions a picture, {type(made).__name__}"
     )
     training = learner(model=pipeline.model)
     fit(

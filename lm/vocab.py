@@ -120,17 +120,22 @@ def extend(tokenizer: PreTrainedTokenizerFast, codebook_size: int, depth: int) -
         raise ValueError(
             "the tokenizer has some of the tokens <|image_0|> … already; start from its unextended form"
         )
-    start, end = (tokenizer.convert_tokens_to_ids(t) for t in (IMAGE_START, IMAGE_END))
     return Vocabulary(
-        bos=int(tokenizer.bos_token_id),
-        eos=int(tokenizer.eos_token_id),
-        pad=int(tokenizer.pad_token_id),
-        image_start=int(start),
-        image_end=int(end),
+        bos=token_id(tokenizer, tokenizer.bos_token),
+        eos=token_id(tokenizer, tokenizer.eos_token),
+        pad=token_id(tokenizer, tokenizer.pad_token),
+        image_start=token_id(tokenizer, IMAGE_START),
+        image_end=token_id(tokenizer, IMAGE_END),
         image_offset=offset,
         codebook_size=codebook_size,
         depth=depth,
     )
+
+
+def token_id(tokenizer: PreTrainedTokenizerFast, token: Any) -> int:
+    """The id of one token by its name."""
+    found: Any = tokenizer.convert_tokens_to_ids(str(token))
+    return int(found)
 
 
 def text_to_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -140,4 +145,4 @@ def text_to_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 def ids_to_text(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
     """Inverse of `text_to_ids`, up to the leading space that a byte-level tokenizer adds."""
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()

@@ -102,7 +102,8 @@ contact_sheet(rows, [[f"temperature {t:g}"] * 4 for t in temperatures], title=pr
 # %%
 own = pipe.generate(prompt, guidance=2.0, temperature=0.7, seed=1)[0]
 given = draw("large", "blue", "square", "middle", side=128)
-contact_sheet([[own, given]], [pipe.captions([own, given], limit=16)], tile=160)
+captions = pipe.captions([own, given], limit=16)
+contact_sheet([[own, given]], [[caption or "(no words)" for caption in captions]], tile=160)
 
 # %% [markdown]
 # ## Go on from text and pictures

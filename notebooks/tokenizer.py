@@ -147,9 +147,8 @@ everything = list(drawings.values())
 for start in range(0, len(everything), 64):
     batch = [to_pixels(picture.load(), size) for picture in everything[start : start + 64]]
     use.update(tokenizer.encode(torch.stack(batch)))
-for depth, (used, perplexity) in enumerate(
-    zip(use.result()["used"], use.result()["perplexity"], strict=True)
-):
+result = use.result()
+for depth, (used, perplexity) in enumerate(zip(result["used"], result["perplexity"], strict=True)):
     print(f"depth {depth}: {used:.0%} of {K} codes used, as varied as {perplexity:.0f} equally frequent ones")
 chart = Path(scratch.name, "code_use.png")
 plot_code_use({"shapes": use.counts_QK}, chart)

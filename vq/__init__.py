@@ -3,6 +3,11 @@
 `from vq import ImageTokenizer` loads torch; `import vq` alone does not.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vq.tokenizer import ImageTokenizer
+
 __all__ = ["ImageTokenizer"]
 
 

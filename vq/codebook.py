@@ -49,7 +49,7 @@ class CodebookReset:
     def observe(
         self, quantizer: LibraryResidualQuantizer, z_BDhw: Tensor, codes_BhwQ: Tensor, progress: float
     ) -> list[int]:
-        """After a training step: count, and at the end of a window replace. Returns replacements per depth ([] if none due).
+        """After a training step: count, and at the end of a window replace. Returns replacements per depth, or [].
 
         progress: share of the run done, in [0, 1].
         """

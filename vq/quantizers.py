@@ -11,6 +11,7 @@ Legend: B batch, D latent width, h w grid, Q depth (codes per position), K codeb
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +109,11 @@ class LibraryResidualQuantizer(Quantizer):
 
     def codebook(self, depth: int) -> Tensor:
         """(K,D): the codebook of one depth, as a view of the library's buffer."""
-        return self.vq.layers[depth]._codebook.embed[0]
+        return self._book(depth).embed[0]
+
+    def _book(self, depth: int) -> Any:
+        """The library's codebook module of one depth: embed, embed_avg (1,K,D) and cluster_size (1,K)."""
+        return self.vq.layers[depth]._codebook
 
     @torch.no_grad()
     def residuals(self, z_BDhw: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,7 +133,7 @@ class LibraryResidualQuantizer(Quantizer):
         The count given is the average one: a smaller count would let the next EMA step move the code at once,
         and writing only the embedding would be undone by it.
         """
-        book = self.vq.layers[depth]._codebook
+        book = self._book(depth)
         count = book.cluster_size.mean().clamp(min=1.0)
         book.embed[0, indices] = vectors
         book.cluster_size[0, indices] = count
@@ -171,7 +176,7 @@ class ResidualQuantizer(LibraryResidualQuantizer):
     @torch.no_grad()
     def _update_averages(self, depth: int, residual: Tensor, indices: Tensor) -> None:
         """EMA of counts and sums, then the codebook as their Laplace-smoothed ratio (1711.00937, appendix A.1)."""
-        book = self.vq.layers[depth]._codebook
+        book = self._book(depth)
         counts = torch.bincount(indices, minlength=self.codebook_size).to(residual.dtype)
         sums = torch.zeros_like(book.embed_avg[0]).index_add_(0, indices, residual)
         if dist.is_available() and dist.is_initialized():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import vq.backbones.conv  # noqa: F401  declares the classes that a saved folder may name
+from vq.backbones import Backbone
 from vq.quantizers import Quantized, Quantizer, check_codes
 from vqlm.checkpoint import declared, fingerprint, load_module, save_module
 from vqlm.errors import ConfigError
@@ -40,7 +41,7 @@ class ImageTokenizer(nn.Module):
     image_size: the side of the pictures that it was trained on, in pixels; the default size of pictures drawn.
     """
 
-    def __init__(self, encoder: nn.Module, quantizer: Quantizer, decoder: nn.Module, image_size: int):
+    def __init__(self, encoder: Backbone, quantizer: Quantizer, decoder: Backbone, image_size: int):
         super().__init__()
         widths = {"encoder": encoder.latent_dim, "quantizer": quantizer.dim, "decoder": decoder.latent_dim}
         if len(set(widths.values())) > 1:
@@ -49,7 +50,7 @@ class ImageTokenizer(nn.Module):
             raise ValueError(
                 f"the encoder divides by {encoder.downsample}, the decoder by {decoder.downsample}"
             )
-        if image_size < 1 or image_size % int(encoder.downsample):
+        if image_size < 1 or image_size % encoder.downsample:
             raise ValueError(
                 f"image_size={image_size} is not a multiple of the downsampling {encoder.downsample}"
             )
@@ -66,7 +67,7 @@ class ImageTokenizer(nn.Module):
 
     @property
     def downsample(self) -> int:
-        return int(self.encoder.downsample)
+        return self.encoder.downsample
 
     @property
     def fingerprint(self) -> str:

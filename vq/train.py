@@ -14,7 +14,7 @@ from typing import Literal
 
 from vq.batches import Augment, NoAugment, PictureBatches
 from vq.data import ImageData
-from vq.evaluate import settle_size, report
+from vq.evaluate import report, settle_size
 from vq.learner import TokenizerLearner
 from vq.tokenizer import ImageTokenizer
 from vqlm.command import command
@@ -45,10 +45,11 @@ def train(
     settle_size(images, tokenizer)
     training = learner(tokenizer=tokenizer)
     parameters = sum(p.numel() for p in tokenizer.parameters())
-    grid = images.size // tokenizer.downsample
+    grid = tokenizer.image_size // tokenizer.downsample
     print(
         f"tokenizer of {parameters / 1e6:.1f} M parameters on {hardware}: "
-        f"{images.size}x{images.size} px → {grid}x{grid}x{tokenizer.depth} codes of {tokenizer.codebook_size}"
+        f"{tokenizer.image_size}x{tokenizer.image_size} px → {grid}x{grid}x{tokenizer.depth} codes of "
+        f"{tokenizer.codebook_size}"
     )
     images.setup()
     print(images.report())

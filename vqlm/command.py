@@ -189,7 +189,7 @@ def run(made: Command, config: dict[str, Any]) -> None:
     try:
         made.function(**schema.convert(built, made.function))
     except ConfigError:
-        if fresh:
+        if fresh and out is not None:
             _close_run_folder(Path(out))
         raise
 

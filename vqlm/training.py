@@ -381,6 +381,7 @@ def fit(
         raise ConfigError(
             f"workers={workers} must not be negative, checkpoint_minutes={checkpoint_minutes} be positive"
         )
+    folder.mkdir(parents=True, exist_ok=True)
     run = Run(learner, folder, checkpoint_minutes, label)
     found = run.checkpoints.resume(learner)
     if found:

@@ -50,7 +50,7 @@ def test_a_feature_sees_only_what_comes_before_it(head, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("head", HEADS)
 def test_greedy_drawing_with_cache_is_the_largest_logit_without(head, layout):
-    """Drawn ids, fed back in one uncached pass, are the argmax at every place. Prompts of unequal length share a batch."""
+    """Drawn ids, fed back in one uncached pass, are the argmax everywhere; prompts of unequal length share a batch."""
     model, _ = make_model(head, layout)
     form = model.form
     texts = [Text((5, 6, 7)), Text((9,)), Text(tuple(range(40, 52)))]

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vq.backbones import Backbone
 from vqlm.checkpoint import declared
 
 
@@ -48,7 +49,7 @@ def check_sizes(channels: Sequence[int], blocks: int, patch: int, latent_dim: in
 
 
 @declared
-class ConvEncoder(nn.Module):
+class ConvEncoder(Backbone):
     """Pixels (B,3,H,W) in [-1,1] → latent (B,D,H/f,W/f), f = patch · 2^(len(channels)-1).
 
     channels: widths from the finest scale to the grid; blocks: residual blocks at each scale;
@@ -77,7 +78,7 @@ class ConvEncoder(nn.Module):
 
 
 @declared
-class ConvDecoder(nn.Module):
+class ConvDecoder(Backbone):
     """Latent (B,D,h,w) → pixels (B,3,h·f,w·f), unbounded (the tokenizer clamps). Mirror of `ConvEncoder`."""
 
     def __init__(self, channels: list[int], latent_dim: int, blocks: int = 2, patch: int = 2):
