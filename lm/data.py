@@ -144,7 +144,9 @@ class DocumentBatches(Dataset):
         tasks = [self.mixture.draw(random) for _ in range(self.order.batch_size)]
         chosen = self.order.indices(n).tolist()
         documents = [
-            self.form.build(self.pairs.document(i, task)) for i, task in zip(chosen, tasks, strict=True)
+            # a picture without its caption does not teach that captions are empty: such a document stays open
+            self.form.build(self.pairs.document(i, task), end=task != "unconditional")
+            for i, task in zip(chosen, tasks, strict=True)
         ]
         return pack(documents, self.form, self.row_length)
 
