@@ -57,12 +57,15 @@ class Mixture:
     """Shares of the tasks. text_to_image + image_to_text is normalised to 1.
 
     drop_condition: share of text → image documents whose caption is left out, so that guidance has an unconditional
-    branch (Ho & Salimans 2022, §3.2).
+    branch (Ho & Salimans 2022, §3.2). noise: share of picture positions that are read as random codes, while what
+    follows them stays to be predicted: a model that has only ever read true codes comes to tell the picture by its
+    first codes instead of its caption, and is lost after the first code that it draws wrongly.
     """
 
     text_to_image: float = 0.85
     image_to_text: float = 0.15
     drop_condition: float = 0.1
+    noise: float = 0.02
 
     def __post_init__(self) -> None:
         if self.text_to_image < 0 or self.image_to_text < 0 or self.text_to_image + self.image_to_text <= 0:
@@ -70,8 +73,10 @@ class Mixture:
                 f"text_to_image={self.text_to_image}, image_to_text={self.image_to_text}: "
                 "must not be negative and not both 0"
             )
-        if not 0 <= self.drop_condition <= 1:
-            raise ValueError(f"drop_condition={self.drop_condition}: must lie in [0, 1]")
+        if not 0 <= self.drop_condition <= 1 or not 0 <= self.noise < 1:
+            raise ValueError(
+                f"drop_condition={self.drop_condition} must lie in [0, 1], noise={self.noise} in [0, 1)"
+            )
 
     def draw(self, random: np.random.Generator) -> str:
         """One of the tasks: "text_to_image", "unconditional", "image_to_text"."""
@@ -148,7 +153,20 @@ class DocumentBatches(Dataset):
             self.form.build(self.pairs.document(i, task), end=task != "unconditional")
             for i, task in zip(chosen, tasks, strict=True)
         ]
-        return pack(documents, self.form, self.row_length)
+        batch = pack(documents, self.form, self.row_length)
+        batch.ids_BTW = disturb(batch.ids_BTW, self.form, self.mixture.noise, random)
+        return batch
+
+
+def disturb(ids_BTW: Tensor, form: SequenceFormat, share: float, random: np.random.Generator) -> Tensor:
+    """Replace all ids of a share of the picture positions by random ones of the same depths."""
+    chosen_BT = (ids_BTW[..., 0] >= form.vocabulary.image_offset) & torch.from_numpy(
+        random.random(ids_BTW.shape[:2]) < share
+    )
+    size = form.vocabulary.codebook_size
+    codes_BTW = (ids_BTW - form.vocabulary.image_offset) % size
+    drawn_BTW = torch.from_numpy(random.integers(0, size, ids_BTW.shape))
+    return torch.where(chosen_BT[..., None], ids_BTW - codes_BTW + drawn_BTW, ids_BTW)
 
 
 def pack(documents: list[Tensor], form: SequenceFormat, row_length: int) -> Batch:

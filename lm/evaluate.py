@@ -7,6 +7,7 @@ Leaves metrics.json and samples.png in `out`. `lm-train` ends with the same func
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from lm import metrics
 from lm.data import Pairs, open_store, read_pairs
-from lm.decoding import Sampling
 from lm.pipeline import Pipeline, sheet
 from lm.sequence import Image
 from vqlm.command import command
@@ -27,7 +27,10 @@ from vqlm.hardware import Device
 def evaluate(
     model: str,
     store: str,
-    sampling: Sampling,
+    guidance: float | None,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
     train_captions: int,
     heldout_captions: int,
     seed: int,
@@ -36,14 +39,14 @@ def evaluate(
 ) -> None:
     """Measure a saved bundle on the store of its tokenizer."""
     pipeline = Pipeline.from_pretrained(model, device)
-    report(pipeline, store, Path(out), sampling, train_captions, heldout_captions, seed)
+    pipeline.sampling = pipeline.sampling_with(guidance, temperature, top_k, top_p)
+    report(pipeline, store, Path(out), train_captions, heldout_captions, seed)
 
 
 def report(
     pipeline: Pipeline,
     store_folder: str,
     out: Path,
-    sampling: Sampling,
     train_captions: int,
     heldout_captions: int,
     seed: int,
@@ -60,7 +63,7 @@ def report(
             f"the model with {pipeline.images.fingerprint}: their codes do not mean the same"
         )
     result: dict[str, Any] = dict(extra or {})
-    result["sampling"] = vars(sampling) | {"seed": seed}
+    result["sampling"] = asdict(pipeline.sampling) | {"seed": seed}
     result["compared"] = "squared pixel distance to the set's reconstructions"
     splits = {split: read_pairs(store, split, pipeline.encode_text) for split in ("train", "heldout")}
     gallery, concepts = whole_set(pipeline, splits)
@@ -72,9 +75,7 @@ def report(
         print(f"drawing {min(count, len(pairs))} {split} captions", flush=True)
         place = list(range(first, first + len(pairs)))
         first += len(pairs)
-        drawing, drawn, chosen = metrics.drawing(
-            pipeline, gallery, pairs, place, concepts, sampling, seed, count
-        )
+        drawing, drawn, chosen = metrics.drawing(pipeline, gallery, pairs, place, concepts, seed, count)
         result[split] = {**metrics.losses(pipeline.model, pairs), "drawing": drawing}
         result[split]["captioning"] = metrics.captioning(pipeline, pairs, count)
         shown = metrics.spread(len(chosen), 32 if split == "train" else 16)

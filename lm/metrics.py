@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lm.data import Pairs, pack
-from lm.decoding import Sampling
 from lm.model import MultimodalLM
 from lm.objectives.next_token import ModalityLoss, measure, to_bits
 from lm.pipeline import Pipeline
@@ -53,7 +52,6 @@ def drawing(
     pairs: Pairs,
     place: list[int],
     concepts: list[str],
-    sampling: Sampling,
     seed: int,
     count: int,
 ) -> tuple[dict[str, Any], Tensor, list[int]]:
@@ -63,8 +61,10 @@ def drawing(
     Returns metrics, the drawn pixels (M,3,H,W) and which pairs were drawn.
     """
     chosen = spread(len(pairs), count)
-    drawn = pipeline.draw([pairs.texts[i] for i in chosen], 1, sampling, seed)
-    rank_M, nearest_of_kind, chance = ranks(drawn, gallery, [place[i] for i in chosen], concepts)
+    drawn = pipeline.draw([pairs.texts[i] for i in chosen], 1, pipeline.sampling, seed)
+    targets = [place[i] for i in chosen]
+    rank_M = ranks(drawn, gallery, targets)
+    followed, chance = variants_followed(drawn, gallery, targets, concepts)
     near = int((rank_M < NEAREST).sum())
     result = {
         "captions": len(chosen),
@@ -73,30 +73,46 @@ def drawing(
         "chance": NEAREST / len(gallery),
         "median_rank": float(rank_M.double().median()) + 1,
     }
-    if nearest_of_kind:
-        result["variants"] = len(nearest_of_kind)
-        result["variant_followed"] = sum(nearest_of_kind) / len(nearest_of_kind)
+    if followed:
+        result["variants"] = len(followed)
+        result["variant_followed"] = sum(followed) / len(followed)
         result["variant_chance"] = sum(chance) / len(chance)
     return result, drawn, chosen
 
 
-def ranks(
-    drawn: Tensor, gallery: Tensor, targets: list[int], concepts: list[str]
-) -> tuple[Tensor, list[bool], list[float]]:
-    """Where the captioned picture stands among the whole set by squared pixel distance (0 = nearest).
-
-    Where its concept has several pictures (tones of a hand, say): whether, among those alone, the captioned one is
-    the nearest, and how likely that is by chance.
-    """
+def ranks(drawn: Tensor, gallery: Tensor, targets: list[int]) -> Tensor:
+    """(M): how many pictures of the whole set are nearer to what was drawn than the captioned one, pixel by pixel."""
     distance_MN = torch.cdist(drawn.flatten(1).double(), gallery.flatten(1).double())
-    rank_M, followed, chance = [], [], []
-    for distance_N, target in zip(distance_MN, targets, strict=True):
-        rank_M.append(int((distance_N < distance_N[target]).sum()))
+    return (distance_MN < distance_MN.gather(1, torch.tensor(targets)[:, None])).sum(1)
+
+
+def variants_followed(
+    drawn: Tensor, gallery: Tensor, targets: list[int], concepts: list[str]
+) -> tuple[list[bool], list[float]]:
+    """Where a concept has several pictures (one a skin tone, say): is the captioned one nearest among them alone?
+
+    Nearest by colours, wherever they are in the picture: variants differ in colour, and a drawing of an unseen
+    concept has its own shape. Returns, for each such caption, whether it is, and how likely that is by chance.
+    """
+    histograms_M, histograms_N = colour_histograms(drawn), colour_histograms(gallery)
+    followed, chance = [], []
+    for histogram, target in zip(histograms_M, targets, strict=True):
         kin = [i for i, concept in enumerate(concepts) if concept == concepts[target]]
         if len(kin) > 1:
-            followed.append(min(kin, key=lambda i: float(distance_N[i])) == target)
+            distance = (histograms_N[kin] - histogram).abs().sum(1)
+            followed.append(kin[int(distance.argmin())] == target)
             chance.append(1 / len(kin))
-    return torch.tensor(rank_M), followed, chance
+    return followed, chance
+
+
+def colour_histograms(x_NCHW: Tensor, levels: int = 6) -> Tensor:
+    """Pixels in [-1,1] → (N, levels³) shares of coarse colours."""
+    level_NCP = ((x_NCHW.flatten(2) + 1) / 2 * levels).long().clamp(0, levels - 1)
+    colour_NP = (level_NCP[:, 0] * levels + level_NCP[:, 1]) * levels + level_NCP[:, 2]
+    counts = torch.zeros(len(x_NCHW), levels**3).scatter_add_(
+        1, colour_NP, torch.ones_like(colour_NP, dtype=torch.float)
+    )
+    return counts / colour_NP.shape[1]
 
 
 def captioning(pipeline: Pipeline, pairs: Pairs, count: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ have weights, `head.safetensors`.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +42,23 @@ ROWS = 64  # pictures drawn together; twice as many rows with guidance
 
 @dataclass
 class Pipeline:
-    """A multimodal language model, its text tokenizer and its image tokenizer."""
+    """A multimodal language model, its text tokenizer, its image tokenizer, and how it draws unless told otherwise."""
 
     model: MultimodalLM
     tokenizer: PreTrainedTokenizerFast
     images: ImageTokenizer
+    sampling: Sampling = field(default_factory=Sampling)
 
     @classmethod
-    def assemble(cls, extended: Extended, head: Head, layout: Layout, store: CodeStore) -> Pipeline:
+    def assemble(
+        cls, extended: Extended, head: Head, layout: Layout, store: CodeStore, sampling: Sampling
+    ) -> Pipeline:
         """A pipeline to train: a language model, a head, and the image tokenizer that a store was made with."""
         images = ImageTokenizer.from_pretrained(store.tokenizer_folder)
         store.check(images)
         assert store.grid is not None
         form = SequenceFormat(extended.vocabulary, layout, store.grid)
-        return cls(MultimodalLM(extended.lm, head, form), extended.tokenizer, images)
+        return cls(MultimodalLM(extended.lm, head, form), extended.tokenizer, images, sampling)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: Device = "auto") -> Pipeline:
@@ -75,15 +78,12 @@ class Pipeline:
             )
         except Exception as error:  # transformers, tokenizers and safetensors each raise their own
             raise ConfigError(f"cannot load the language model in {folder}: {error}") from error
-        form = read_format(about)
-        head = rebuild(about["head"])
-        assert isinstance(head, Head)
+        form, head, sampling = read_parts(about, folder)
         if head.state_dict():
             load_tensors(head, folder / "head.safetensors")
         check_names(tokenizer, form.vocabulary)
-        return cls(MultimodalLM(language_model, head, form), tokenizer, images).to(
-            detect(device, "fp32").device
-        )
+        pipeline = cls(MultimodalLM(language_model, head, form), tokenizer, images, sampling)
+        return pipeline.to(detect(device, "fp32").device)
 
     def to(self, device: torch.device) -> Pipeline:
         """Move both models to a device, ready to draw."""
@@ -117,24 +117,31 @@ class Pipeline:
             "layout": form.layout.name,
             "grid": list(form.grid),
             "head": describe(self.model.head),
+            "sampling": asdict(self.sampling),
         }
 
     def generate(
         self,
         prompt: str | list[str],
         n: int = 1,
-        guidance: float = 3.0,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        guidance: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
         seed: int = 0,
     ) -> list[PILImage.Image]:
         """Draw n pictures of a prompt (of each prompt: n·len(prompt), the first prompt's first).
 
         guidance: u + s·(c - u) on the logits, 1 = none. temperature: 0 = greedy. top_k: 0 = all. top_p: 1 = all.
-        The same seed gives the same pictures on the same machine. ValueError on values outside these ranges.
+        What is None is as in `self.sampling`, the values that the model was measured with: what suits one model
+        ruins another. The same seed gives the same pictures on the same machine. ValueError on values out of range.
         """
-        return self.show(self.draw(prompt, n, Sampling(guidance, temperature, top_k, top_p), seed))
+        return self.show(self.draw(prompt, n, self.sampling_with(guidance, temperature, top_k, top_p), seed))
+
+    def sampling_with(self, *values: float | None) -> Sampling:
+        """These values of guidance, temperature, top_k and top_p, and for those that are None our own."""
+        own = asdict(self.sampling)
+        return Sampling(**{k: own[k] if v is None else v for k, v in zip(own, values, strict=True)})
 
     @staticmethod
     def show(x_NCHW: Tensor) -> list[PILImage.Image]:
@@ -188,17 +195,17 @@ class Pipeline:
         prompt: list[str | PILImage.Image],
         limit: int = 64,
         max_images: int = 1,
-        guidance: float = 1.0,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        guidance: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
         seed: int = 0,
     ) -> list[str | PILImage.Image]:
         """Go on from text and pictures in any order; text and pictures come back in the order they were drawn.
 
         limit: most text ids; max_images: most pictures, after which <image_start> cannot be drawn.
         """
-        sampling = Sampling(guidance, temperature, top_k, top_p)
+        sampling = self.sampling_with(guidance, temperature, top_k, top_p)
         random = torch.Generator().manual_seed(seed)
         form, segments = self.model.form, self._segments(prompt)
         made: list[Segment] = []
@@ -263,6 +270,17 @@ def read_about(folder: Path) -> dict[str, Any]:
     except (TypeError, KeyError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path} is damaged: {error!r}") from error
     return about
+
+
+def read_parts(about: dict[str, Any], folder: Path) -> tuple[SequenceFormat, Head, Sampling]:
+    """The parts that multimodal.json describes; ConfigError if it does not describe them rightly."""
+    try:
+        head = rebuild(about["head"])
+        if not isinstance(head, Head):
+            raise ConfigError(f"head is a {type(head).__name__}")
+        return read_format(about), head, Sampling(**about.get("sampling", {}))
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise ConfigError(f"{folder / 'multimodal.json'} is damaged: {error}") from error
 
 
 def read_format(about: dict[str, Any]) -> SequenceFormat:

@@ -59,7 +59,7 @@ def train(
         hidden_size=extended.lm.config.hidden_size,
         trunk_layers=len(decoder_layers(trunk)),
     )
-    pipeline = Pipeline.assemble(extended, made, layout, codes)
+    pipeline = Pipeline.assemble(extended, made, layout, codes, sampling)
     pairs = read_pairs(codes, "train", pipeline.encode_text)
     parameters = sum(p.numel() for p in pipeline.model.parameters())
     print(
@@ -87,7 +87,7 @@ def train(
         "minutes": training.seconds / 60,
     }
     extra = {"run": {**run, "bad_batches": training.bad_batches, "parameters": parameters}}
-    report(pipeline, store, folder, sampling, train_captions, heldout_captions, seed, extra)
+    report(pipeline, store, folder, train_captions, heldout_captions, seed, extra)
     print(f"model: {folder / 'model'}   pictures: {folder / 'samples.png'}")
 
 

@@ -204,3 +204,21 @@ def test_another_tokenizers_store_is_refused_with_both_fingerprints(road):
     output = run("lm.evaluate", "model=lm/model", "store=store2", "out=wrong2", cwd=road, code=2)
     assert first in output
     assert second in output
+
+
+def test_the_main_job_at_toy_size_leaves_everything_in_one_place(tmp_path):
+    said = run("vqlm.demo", "size=smoke", "out=demo", cwd=tmp_path)
+    demo = tmp_path / "demo"
+    for name in ("samples.png", "reconstructions.png", "code_use.png", "losses.png"):
+        with Image.open(demo / name) as picture:
+            picture.load()
+    metrics = json.loads((demo / "metrics.json").read_text())
+    assert {"tokenizer", "language_model", "minutes"} <= metrics.keys()
+    assert metrics["tokenizer"]["train"]["codes_dead"] == [0, 0]
+    assert len(CodeStore.open(demo / "store")) == 252
+    assert (
+        ImageTokenizer.from_pretrained(demo / "tokenizer").fingerprint == metrics["tokenizer"]["fingerprint"]
+    )
+    assert len(Pipeline.from_pretrained(demo / "model").generate("a red circle", n=2)) == 2
+    after = said[said.index("Try next") :]
+    assert [command in after for command in ("lm-generate", "vq-train", "lm-train")] == [True] * 3

@@ -1,7 +1,7 @@
 """The main job, whole: pictures → tokenizer → store → language model → drawings. `make demo` and `make smoke` run it.
 
-    python -m vqlm.demo                      # the default set; laptop or GPU sizes, whichever fits this machine
-    python -m vqlm.demo pictures=DIR out=runs/mine
+    vqlm-demo                               # the default set; laptop or GPU sizes, whichever fits this machine
+    vqlm-demo pictures=DIR out=runs/mine
 
 It only calls the commands that a user would, prints each, and gathers what they leave. Run again, it goes on where
 it stopped. It knows the commands by name; it imports neither room.
@@ -117,7 +117,7 @@ Try next:
     {commands}/lm-train store={folder}/store head=depth_transformer out=runs/depth"""
 
 
-main = command("demo", demo)
+main = command("vqlm_demo", demo)
 
 if __name__ == "__main__":
     main()

@@ -87,7 +87,34 @@ def test_dropping_the_condition_drops_the_caption_and_keeps_the_picture():
     assert {Mixture(1.0, 0.0, 1.0).draw(random) for _ in range(50)} == {"unconditional"}
 
 
-@pytest.mark.parametrize("values", [(-1.0, 1.0, 0.1), (0.0, 0.0, 0.1), (1.0, 0.0, 1.5)])
+@pytest.mark.parametrize("layout", ["stacked", "flat"])
+def test_noise_replaces_codes_that_are_read_and_none_that_are_to_be_predicted(layout):
+    form = make_format(layout)[0]
+    clean, noisy = (
+        DocumentBatches(pairs(), form, Mixture(noise=noise), 16, 64, 0, 10)[4] for noise in (0.0, 0.3)
+    )
+    assert torch.equal(clean.next_BTW, noisy.next_BTW)
+    picture = clean.ids_BTW >= form.vocabulary.image_offset
+    assert torch.equal(clean.ids_BTW[~picture], noisy.ids_BTW[~picture])
+    changed = (clean.ids_BTW != noisy.ids_BTW)[picture].float().mean()
+    assert 0.2 < changed < 0.38  # 0.3, less the draws that hit the same code
+    for before, after in zip(clean.ids_BTW[picture], noisy.ids_BTW[picture], strict=True):
+        offset = form.vocabulary.image_offset
+        assert (before - offset) // 16 == (after - offset) // 16  # the same depth
+
+
+def test_a_dropped_caption_does_not_teach_that_captions_are_empty(form):
+    # with an <eos> right after the picture, greedy captions of the trained model were empty
+    def ends(mixture):
+        return int(
+            (DocumentBatches(pairs(), form, mixture, 8, 32, 0, 10)[0].next_BTW == form.vocabulary.eos).sum()
+        )
+
+    assert ends(Mixture(1.0, 0.0, 1.0)) == 0
+    assert ends(Mixture(1.0, 0.0, 0.0)) == 8
+
+
+@pytest.mark.parametrize("values", [(-1.0, 1.0, 0.1), (0.0, 0.0, 0.1), (1.0, 0.0, 1.5), (1.0, 0.0, 0.1, 1.0)])
 def test_impossible_mixtures_are_refused(values):
     with pytest.raises(ValueError, match="must"):
         Mixture(*values)
