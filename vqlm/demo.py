@@ -22,7 +22,7 @@ from vqlm.command import command
 from vqlm.errors import ConfigError
 from vqlm.files import new_folder, write_json
 
-PROMPTS = ("red apple", "woman astronaut dark skin tone", "grinning cat", "house with garden")
+PROMPTS = ("red apple", "woman astronaut dark skin tone")
 TOY_PROMPTS = ("a large red circle, left",)
 
 
