@@ -3,7 +3,7 @@
 # PYTHON=...       the interpreter to build .venv with (default: the first of 3.11, 3.12, 3.13 that starts)
 # TORCH_INDEX=...  a package index to take torch from, such as one that holds CPU builds only. Without it the
 #                  usual index is asked, whose Linux builds of torch bring several GB of CUDA libraries.
-# ARGS=...         more words for the command: make demo ARGS="seed=1", make test ARGS="-k store"
+# ARGS=...         more words for the command: make demo ARGS="pictures=DIR", make test ARGS="-k store"
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c

@@ -22,6 +22,8 @@ from vq.store import CodeStore
 from vqlm.batches import Order
 from vqlm.errors import ConfigError
 
+SHORTEST_ROW = 64  # positions: several short documents share a row
+
 
 @dataclass
 class Batch:
@@ -65,7 +67,7 @@ class Mixture:
     text_to_image: float = 0.85
     image_to_text: float = 0.15
     drop_condition: float = 0.1
-    noise: float = 0.02
+    noise: float = 0.01
 
     def __post_init__(self) -> None:
         if self.text_to_image < 0 or self.image_to_text < 0 or self.text_to_image + self.image_to_text <= 0:
@@ -122,7 +124,10 @@ def read_pairs(store: CodeStore, split: str, encode_text: Callable[[str], list[i
 
 
 class DocumentBatches(Dataset):
-    """Item n is the n-th batch of a run: `documents` documents, each of a drawn task, packed into rows."""
+    """Item n is the n-th batch of a run: `documents` documents, each of a drawn task, packed into rows.
+
+    row_length: positions of a row; None: as many as the longest document needs, at least `SHORTEST_ROW`.
+    """
 
     def __init__(
         self,
@@ -130,16 +135,20 @@ class DocumentBatches(Dataset):
         form: SequenceFormat,
         mixture: Mixture,
         documents: int,
-        row_length: int,
+        row_length: int | None,
         seed: int,
         total: int,
     ):
         self.pairs, self.form, self.mixture, self.seed, self.total = pairs, form, mixture, seed, total
-        self.row_length = row_length
         self.order = Order(len(pairs), documents, seed)
-        longest = max(len(c) for c in pairs.captions) + form.image_length + 4
-        if longest > row_length:
-            raise ConfigError(f"row_length={row_length}: the longest document has {longest} positions")
+        longest = (
+            max(len(c) for c in pairs.captions) + form.image_length + 4
+        )  # <bos>, two marks of the picture, <eos>
+        self.row_length = max(SHORTEST_ROW, longest) if row_length is None else row_length
+        if longest > self.row_length:
+            raise ConfigError(
+                f"row_length={row_length}: the longest document has {longest} positions; give that, or null"
+            )
 
     def __len__(self) -> int:
         return self.total

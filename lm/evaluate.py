@@ -38,6 +38,10 @@ def evaluate(
     device: Device,
 ) -> None:
     """Measure a saved bundle on the store of its tokenizer."""
+    if train_captions < 0 or heldout_captions < 0:
+        raise ConfigError(
+            f"train_captions={train_captions}, heldout_captions={heldout_captions}: not negative"
+        )
     pipeline = Pipeline.from_pretrained(model, device)
     pipeline.sampling = pipeline.sampling_with(guidance, temperature, top_k, top_p)
     report(pipeline, store, Path(out), train_captions, heldout_captions, seed)
@@ -57,11 +61,7 @@ def report(
     Drawn pictures are compared with the whole set as the image tokenizer reconstructs it: a store holds no pixels.
     """
     store = open_store(store_folder)
-    if store.tokenizer_fingerprint != pipeline.images.fingerprint:
-        raise ConfigError(
-            f"the store was made with tokenizer {store.tokenizer_fingerprint}, "
-            f"the model with {pipeline.images.fingerprint}: their codes do not mean the same"
-        )
+    store.check(pipeline.images)
     result: dict[str, Any] = dict(extra or {})
     result["sampling"] = asdict(pipeline.sampling) | {"seed": seed}
     result["compared"] = "squared pixel distance to the set's reconstructions"
@@ -70,11 +70,11 @@ def report(
     pictures, labels, first = [], [], 0
     for split, count in (("train", train_captions), ("heldout", heldout_captions)):
         pairs = splits[split]
+        place = list(range(first, first + len(pairs)))
+        first += len(pairs)
         if not len(pairs) or not count:
             continue
         print(f"drawing {min(count, len(pairs))} {split} captions", flush=True)
-        place = list(range(first, first + len(pairs)))
-        first += len(pairs)
         drawing, drawn, chosen = metrics.drawing(pipeline, gallery, pairs, place, concepts, seed, count)
         result[split] = {**metrics.losses(pipeline.model, pairs), "drawing": drawing}
         result[split]["captioning"] = metrics.captioning(pipeline, pairs, count)
@@ -82,7 +82,8 @@ def report(
         pictures += pipeline.show(drawn[shown])
         labels += [pairs.texts[chosen[i]] + (" (held out)" if split == "heldout" else "") for i in shown]
     write_json(out / "metrics.json", result)
-    sheet(pictures, labels).save(out / "samples.png")
+    if pictures:
+        sheet(pictures, labels).save(out / "samples.png")
     print(table(result))
     return result
 

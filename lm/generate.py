@@ -2,7 +2,7 @@
 
     lm-generate model=runs/lm/model prompt="a red apple" n=8 guidance=2 seed=1
 
-Leaves 000.png … and sheet.png in `out`; pictures of earlier prompts there are kept under their own names.
+Leaves a-red-apple-1-000.png … and a-red-apple-1-sheet.png in `out`: prompt, seed, number.
 """
 
 from __future__ import annotations

@@ -22,17 +22,17 @@ NEAREST = 10
 
 @torch.inference_mode()
 def losses(model: MultimodalLM, pairs: Pairs, limit: int = 512, documents: int = 64) -> dict[str, float]:
-    """Loss (nats) and bits per token of each modality, the other one given, over the first `limit` pairs.
+    """Loss (nats) and bits per token of each modality, the other one given, over `limit` pairs (spread evenly).
 
     text: the caption after its picture. image: the picture after its caption; `image_bits_per_picture` sums a picture.
     """
     device = next(model.parameters()).device
     sums: dict[str, ModalityLoss] = {}
-    count = min(limit, len(pairs))
+    places = spread(len(pairs), limit)
     for task, modality in (("image_to_text", 0), ("text_to_image", 1)):
         name = ("text", "image")[modality]
-        for start in range(0, count, documents):
-            chosen = range(start, min(start + documents, count))
+        for start in range(0, len(places), documents):
+            chosen = places[start : start + documents]
             built = [model.form.build(pairs.document(i, task)) for i in chosen]
             batch = pack(built, model.form, max(128, max(len(d) for d in built)))
             part = measure(model, batch.to(device))[modality]
@@ -42,7 +42,7 @@ def losses(model: MultimodalLM, pairs: Pairs, limit: int = 512, documents: int =
             )
     result = {f"{name}_loss": float(loss.mean) for name, loss in sums.items()}
     result |= {f"{name}_bits": to_bits(loss) for name, loss in sums.items()}
-    result["image_bits_per_picture"] = float(sums["image"].nll) / math.log(2) / count
+    result["image_bits_per_picture"] = float(sums["image"].nll) / math.log(2) / len(places)
     return result
 
 

@@ -236,7 +236,10 @@ class Pipeline:
         return segments
 
     def _encode(self, picture: PILImage.Image) -> Image:
-        x_CHW = to_pixels(to_rgb(picture), self.images.image_size)
+        height, width = self.model.form.grid
+        if height != width:
+            raise ValueError(f"pictures are read as squares, this model draws {height}x{width} cells")
+        x_CHW = to_pixels(to_rgb(picture), height * self.images.downsample)
         return Image(self.images.encode(x_CHW[None].to(self.device))[0].cpu())
 
     def _show(self, segment: Segment) -> str | PILImage.Image:
@@ -267,7 +270,7 @@ def read_about(folder: Path) -> dict[str, Any]:
         missing = {"fingerprint", "vocabulary", "layout", "grid", "head"} - about.keys()
         if missing:
             raise ConfigError(f"{path} lacks {sorted(missing)}")
-    except (TypeError, KeyError, json.JSONDecodeError) as error:
+    except (TypeError, KeyError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path} is damaged: {error!r}") from error
     return about
 

@@ -24,7 +24,7 @@ from lm.source import Pretrained, Scratch
 from vqlm.command import command
 from vqlm.errors import ConfigError
 from vqlm.hardware import Device, Precision, detect
-from vqlm.training import fit
+from vqlm.training import check_loading, fit
 
 
 def train(
@@ -35,7 +35,7 @@ def train(
     learner: Callable[..., LMLearner],
     mixture: Mixture,
     documents: int,
-    row_length: int,
+    row_length: int | None,
     sampling: Sampling,
     train_captions: int,
     heldout_captions: int,
@@ -48,8 +48,12 @@ def train(
     checkpoint_minutes: float,
 ) -> None:
     """Train a language model to read and write text and pictures, then measure it."""
-    if documents < 1 or row_length < 1:
-        raise ConfigError(f"documents={documents}, row_length={row_length}: both must be at least 1")
+    if documents < 1 or train_captions < 0 or heldout_captions < 0:
+        raise ConfigError(
+            f"documents={documents} must be at least 1, "
+            f"train_captions={train_captions} and heldout_captions={heldout_captions} not negative"
+        )
+    check_loading(workers, checkpoint_minutes)
     hardware = detect(device, precision)
     codes = open_store(store)
     extended = lm.build(codes.captions("train"), codes.codebook_size, codes.depth, seed)
@@ -77,6 +81,7 @@ def train(
         "training the language model",
         workers,
         checkpoint_minutes,
+        {"store": codes.digest, "vocabulary": extended.vocabulary.to_json()},
     )
     pipeline.to(hardware.device)
     folder = Path(out)
@@ -91,7 +96,7 @@ def train(
     print(f"model: {folder / 'model'}   pictures: {folder / 'samples.png'}")
 
 
-main = command("lm_train", train)
+main = command("lm_train", train, free=("device", "precision", "workers", "checkpoint_minutes"))
 
 if __name__ == "__main__":
     main()

@@ -21,7 +21,7 @@ class Augment:
 
     share: part of a batch that is warped (the rest stays sharp: resampling blurs); shift (px), scale (relative),
     rotate (degrees): largest warp; flip: mirror left to right half of the time; colours: share whose channels are
-    permuted and scaled. Corners that a warp uncovers repeat the border.
+    permuted. Corners that a warp uncovers repeat the border.
     """
 
     def __init__(

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from vq.quantizers import LibraryResidualQuantizer, nearest_codes
+
+MOST_CANDIDATES = 2**22  # torch.multinomial refuses more than 2^24
 
 
 class CodebookReset:
@@ -65,14 +66,14 @@ class CodebookReset:
 
     def _replace(self, quantizer: LibraryResidualQuantizer, z_BDhw: Tensor) -> list[int]:
         assert self.counts_QK is not None and self.rest_QK is not None
-        counts_QK = all_reduce(self.counts_QK.clone())
+        counts_QK = self.counts_QK
         unused_QK = (counts_QK < self.threshold * counts_QK.mean(1, keepdim=True)) & (self.rest_QK == 0)
         self.rest_QK.sub_(1).clamp_(min=0)
         replaced = []
         for depth in range(quantizer.depth):
             # residuals again at each depth: replacing codes of one depth changes what the next is given
             given_QND, errors_QN = quantizer.residuals(z_BDhw)
-            vectors_ND, errors_N = gather(given_QND[depth]), gather(errors_QN[depth])
+            vectors_ND, errors_N = given_QND[depth], errors_QN[depth]
             unused = unused_QK[depth].nonzero().flatten()
             drawn = self._draw(errors_N, len(unused), depth)
             unused = unused[: len(drawn)]
@@ -84,12 +85,14 @@ class CodebookReset:
 
     def _draw(self, errors_N: Tensor, wanted: int, depth: int) -> Tensor:
         """Distinct vectors, with probability in proportion to their squared error (as in k-means++ seeding)."""
-        weights = errors_N.double().cpu() + 1e-12
-        wanted = min(wanted, len(weights))
+        weights = errors_N.cpu().double() + 1e-12  # not every device has float64
+        wanted = min(wanted, len(weights), MOST_CANDIDATES // 2)
         if wanted == 0:
             return torch.empty(0, dtype=torch.int64, device=errors_N.device)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.batches * 101 + depth)
-        return torch.multinomial(weights, wanted, replacement=False, generator=generator).to(errors_N.device)
+        step = -(-len(weights) // MOST_CANDIDATES)  # more, evenly thinned out
+        drawn = torch.multinomial(weights[::step], wanted, replacement=False, generator=generator)
+        return (drawn * step).to(errors_N.device)
 
     @torch.no_grad()
     def finish(self, quantizer: LibraryResidualQuantizer, z_BDhw: Tensor, rounds: int = 8) -> list[int]:
@@ -101,8 +104,8 @@ class CodebookReset:
         depth: 0 unless the training set has too few distinct residuals.
         """
         left = []
+        given_ND = z_BDhw.float().permute(0, 2, 3, 1).reshape(-1, quantizer.dim)
         for depth in range(quantizer.depth):
-            given_ND = quantizer.residuals(z_BDhw)[0][depth]
             for _ in range(rounds):
                 unused, errors_N = self._unused(quantizer.codebook(depth), given_ND)
                 if not len(unused):
@@ -110,7 +113,9 @@ class CodebookReset:
                 self.batches += 1  # another draw
                 drawn = self._draw(errors_N, len(unused), depth)
                 quantizer.replace_codes(depth, unused[: len(drawn)], given_ND[drawn])
-            left.append(len(self._unused(quantizer.codebook(depth), given_ND)[0]))
+            book_KD = quantizer.codebook(depth)
+            left.append(len(self._unused(book_KD, given_ND)[0]))
+            given_ND = given_ND - book_KD[nearest_codes(given_ND, book_KD)]
         return left
 
     @staticmethod
@@ -151,18 +156,3 @@ def count_codes(codes_BhwQ: Tensor, codebook_size: int) -> Tensor:
     """(Q,K) float: how often each code of each depth occurs."""
     codes_QN = codes_BhwQ.reshape(-1, codes_BhwQ.shape[-1]).T
     return torch.stack([torch.bincount(c, minlength=codebook_size) for c in codes_QN]).float()
-
-
-def all_reduce(tensor: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def gather(rows: Tensor) -> Tensor:
-    """The rows of every process, in rank order, so that all draw from the same candidates."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)

@@ -29,9 +29,9 @@ import lightning as L
 import torch
 from PIL import Image, ImageColor
 from torch import Tensor
-from tqdm import tqdm
 
 from vq.images import EXTENSIONS, Reject, open_image, picture_bytes
+from vqlm import progress
 from vqlm.errors import ConfigError, nearest
 
 
@@ -586,12 +586,12 @@ class ImageData(L.LightningDataModule):
         for picture in pictures:
             parts[_share(self.seed, picture.concept) < self.holdout].append(picture)
         self.rejects = []
-        with tqdm(total=len(pictures), desc="reading pictures", unit=" pictures") as bar:
+        with progress.bar(len(pictures), "reading pictures", "pictures") as bar:
             train, heldout = (self._decode_all(part, self.size, bar) for part in parts)
         self._check_yield(len(pictures), len(train))
         self._sets = train, heldout
 
-    def _decode_all(self, pictures: list[Picture], size: int, bar: tqdm) -> PictureSet:
+    def _decode_all(self, pictures: list[Picture], size: int, bar: Any) -> PictureSet:
         """In order, into one tensor; rejected pictures leave no gap."""
         x_NCHW = torch.empty(len(pictures), 3, size, size, dtype=torch.uint8)
         good: list[Picture] = []
@@ -629,6 +629,14 @@ class ImageData(L.LightningDataModule):
     def _reasons(self) -> str:
         counts = Counter(reject["reason"] for reject in self.rejects)
         return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits over ids and pixels of the training pictures: another set has another one."""
+        told = hashlib.sha256("\n".join(self.train.ids).encode())
+        for x_BCHW in self.train.x_NCHW.split(1024):
+            told.update(x_BCHW.contiguous().numpy().data)
+        return told.hexdigest()[:16]
 
     def report(self) -> str:
         """One line: how many pictures and concepts there are in each part, how many were rejected and why."""

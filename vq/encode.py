@@ -43,7 +43,7 @@ def encode(
     print(f"store: {out}   {summary['pictures']} pictures, {summary['rejects']} rejects; {done}")
 
 
-main = command("vq_encode", encode)
+main = command("vq_encode", encode, free=("device", "batch_size"))
 
 if __name__ == "__main__":
     main()

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vq.data import ImageData, PictureSet
 from vq.images import contact_sheet, from_bytes, to_image
@@ -25,6 +24,7 @@ from vqlm.command import command
 from vqlm.errors import ConfigError
 from vqlm.files import write_json
 from vqlm.hardware import Device, detect
+from vqlm.progress import bar
 
 SMALLEST_FOR_SSIM = 11
 
@@ -81,11 +81,13 @@ def measure(
     """Metrics of one set, its reconstructions uint8 (N,3,H,W), and counts of codes (Q,K)."""
     use = CodeUse(tokenizer.depth, tokenizer.codebook_size)
     device = next(tokenizer.parameters()).device
-    rebuilt, starts = [], range(0, len(pictures), batch_size)
-    for start in tqdm(starts, desc=f"evaluating {label}", unit=" batches", leave=False):
-        codes = tokenizer.encode(from_bytes(pictures.x_NCHW[start : start + batch_size]).to(device))
-        use.update(codes.cpu())
-        rebuilt.append(tokenizer.decode(codes).cpu())
+    rebuilt = []
+    with bar(len(pictures), f"measuring {label} pictures", "pictures") as shown:
+        for x in pictures.x_NCHW.split(batch_size):
+            codes = tokenizer.encode(from_bytes(x).to(device))
+            use.update(codes.cpu())
+            rebuilt.append(tokenizer.decode(codes).cpu())
+            shown.update(len(x))
     made, real = torch.cat(rebuilt), from_bytes(pictures.x_NCHW)
     metrics: dict[str, Any] = {"pictures": len(pictures), "psnr": finite(psnr(real, made))}
     metrics["ssim"] = ssim(real, made) if min(real.shape[2:]) >= SMALLEST_FOR_SSIM else None

@@ -10,12 +10,11 @@ Legend: B batch, D latent width, h w grid, Q depth (codes per position), K codeb
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.nn import functional as F
 from vector_quantize_pytorch import ResidualVQ
 from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
@@ -35,7 +34,6 @@ class Quantized:
     z_BDhw: Tensor  # quantized latent; gradients reach the encoder through it
     codes_BhwQ: Tensor | None  # int64 in [0, K); None from NoQuantizer
     loss: Tensor  # commitment loss, scalar
-    logs: dict[str, float] = field(default_factory=dict)
 
 
 class Quantizer(nn.Module):
@@ -179,9 +177,6 @@ class ResidualQuantizer(LibraryResidualQuantizer):
         book = self._book(depth)
         counts = torch.bincount(indices, minlength=self.codebook_size).to(residual.dtype)
         sums = torch.zeros_like(book.embed_avg[0]).index_add_(0, indices, residual)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(counts)
-            dist.all_reduce(sums)
         book.cluster_size[0].lerp_(counts, 1 - self.decay)
         book.embed_avg[0].lerp_(sums, 1 - self.decay)
         book.update_ema()

@@ -28,11 +28,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vq.images import from_bytes
 from vqlm.errors import ConfigError, nearest
 from vqlm.files import clean, new_folder, sha256, write_bytes, write_json, write_text
+from vqlm.progress import bar
 
 FORMAT = "vqlm codes"
 VERSION = 1
@@ -177,9 +177,9 @@ def write_store(
     """
     writer = StoreWriter(folder, tokenizer, pictures, source, shard_size, batch_size, encode)
     writer.begin()
-    with tqdm(total=len(pictures), desc="encoding", unit=" pictures", disable=not progress) as bar:
+    with bar(len(pictures), "encoding", "pictures", hidden=not progress) as shown:
         for index in range(writer.shards):
-            writer.write_shard(index, bar.update)
+            writer.write_shard(index, shown.update)
     manifest = writer.finish()
     counts = {"kept": writer.kept, "encoded": writer.encoded, "redone": len(writer.damage)}
     totals = {"pictures": manifest["pictures"], "rejects": manifest["rejects"]["total"]}
@@ -427,6 +427,11 @@ class CodeStore:
     @property
     def tokenizer_fingerprint(self) -> str:
         return self.manifest["job"]["fingerprint"]
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits of the manifest, which holds the hash of every file: another store has another one."""
+        return sha256(self.folder / "manifest.json")[:16]
 
     @property
     def tokenizer_folder(self) -> Path:

@@ -21,7 +21,7 @@ from vqlm.command import command
 from vqlm.errors import ConfigError
 from vqlm.files import write_json
 from vqlm.hardware import Device, Precision, detect
-from vqlm.training import fit
+from vqlm.training import check_loading, fit
 
 
 def train(
@@ -41,6 +41,7 @@ def train(
     """Train an image tokenizer on pictures, then measure it."""
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: must be at least 1")
+    check_loading(workers, checkpoint_minutes)
     hardware = detect(device, precision)
     settle_size(images, tokenizer)
     training = learner(tokenizer=tokenizer)
@@ -55,7 +56,7 @@ def train(
     print(images.report())
     folder = Path(out)
     write_json(folder / "rejects.json", images.rejects)
-    fit(
+    trained = fit(
         training,
         lambda total: PictureBatches(images.train.x_NCHW, batch_size, seed, augment, total),
         folder,
@@ -63,13 +64,11 @@ def train(
         "training the tokenizer",
         workers,
         checkpoint_minutes,
+        {"pictures": images.digest},
     )
-    unused = training.finish(images.train.x_NCHW, batch_size)
-    if any(unused):
-        print(
-            f"codes that no training picture uses, per depth: {unused}: the set has too few distinct patches for them"
-        )
-    tokenizer.eval().save_pretrained(folder / "tokenizer")
+    if trained or not (folder / "tokenizer").is_dir():
+        finish(training, images, batch_size, folder / "tokenizer")
+    tokenizer = ImageTokenizer.from_pretrained(folder / "tokenizer")
     run = {
         "batches": training.batches_seen,
         "images": training.samples_seen,
@@ -85,7 +84,17 @@ def train(
     print(f"tokenizer: {folder / 'tokenizer'}   pictures: {folder / 'reconstructions.png'}")
 
 
-main = command("vq_train", train)
+def finish(training: TokenizerLearner, images: ImageData, batch_size: int, target: Path) -> None:
+    """See to it that every code is used, then save. Done once: a store depends on each bit of what is saved."""
+    unused = training.finish(images.train.x_NCHW, batch_size)
+    if any(unused):
+        print(
+            f"codes that no training picture uses, per depth: {unused}: the set has too few distinct patches"
+        )
+    training.model.save_pretrained(target)
+
+
+main = command("vq_train", train, free=("device", "precision", "workers", "checkpoint_minutes"))
 
 if __name__ == "__main__":
     main()

@@ -75,23 +75,18 @@ def rebuild(data: Any) -> Any:
         )
     try:
         return _DECLARED[name](**arguments)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"saved {name} does not fit this version of vqlm: {error}") from error
 
 
-def save_module(folder: str | Path, module: nn.Module, extra: dict[str, Any] | None = None) -> Path:
+def save_module(folder: str | Path, module: nn.Module) -> Path:
     """Write a declared module as a folder, atomically: a reader sees the old folder or the new one."""
-    with new_folder(folder) as temporary:
-        write_module(temporary, module, extra)
-    return Path(folder)
-
-
-def write_module(folder: Path, module: nn.Module, extra: dict[str, Any] | None = None) -> None:
-    """The two files of a declared module, into a folder that exists (see `save_module` for the atomic form)."""
-    config = {"format": FORMAT, **(extra or {}), "model": describe(module)}
+    config = {"format": FORMAT, "model": describe(module)}
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
-    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
-    write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    with new_folder(folder) as part:
+        save_file(tensors, str(part / "model.safetensors"), metadata={"format": "pt"})
+        write_text(part / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return Path(folder)
 
 
 def load_module(folder: str | Path, kind: type) -> nn.Module:

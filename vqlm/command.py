@@ -12,6 +12,7 @@ import contextlib
 import inspect
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -49,6 +50,9 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 
 # Run folders are ours: hydra writes nothing, and logs nothing, unless the user asks.
 QUIET = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
+
+# Annotations of parameters that are text, as classes and as `from __future__ import annotations` leaves them.
+TEXT = (str, "str", "str | None")
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 
@@ -134,7 +138,8 @@ def _run_command(made: Command, arguments: list[str]) -> None:
 def _dispatch(made: Command, arguments: list[str]) -> None:
     """Let hydra run the command, so that sweepers, launchers and --cfg work as its users expect."""
     parsed = get_args_parser().parse_intermixed_args(arguments)
-    overrides: list[str] = parsed.overrides
+    arguments = [_quoted(each, made) if not parsed.multirun else each for each in arguments]
+    overrides: list[str] = get_args_parser().parse_intermixed_args(arguments).overrides
     if parsed.config_dir and not Path(parsed.config_dir).is_dir():
         raise ConfigError(f"--config-dir {parsed.config_dir}: there is no such folder")
     if parsed.help:
@@ -164,6 +169,19 @@ def _dispatch(made: Command, arguments: list[str]) -> None:
             if started:
                 raise
             raise _explained(error, made, parsed, overrides) from error
+
+
+def _quoted(argument: str, made: Command) -> str:
+    """A value for a parameter that is text is taken as it is: commas, brackets, quotes and all."""
+    key, equals, value = argument.partition("=")
+    parameter = inspect.signature(made.function).parameters.get(key)
+    if not equals or parameter is None or parameter.annotation not in TEXT or value in ("", "null", "???"):
+        return argument
+    if value[0] in "'\"" and value[-1] == value[0] and len(value) > 1:
+        return argument  # quoted already, for hydra
+    value = value.replace("${", "\\${")  # text, not an interpolation
+    value = re.sub(r"(\\*)('|$)", lambda at: 2 * at[1] + ("\\'" if at[2] else ""), value)
+    return f"{key}='{value}'"
 
 
 def _run_job(made: Command, config: DictConfig) -> None:
@@ -232,9 +250,11 @@ def check_run_folder(out: str, config: Mapping[str, Any], free: tuple[str, ...] 
     folder = Path(out)
     if not out or (folder.exists() and not folder.is_dir()):
         raise ConfigError(f"out={out}: must be a folder, there already or not")
+    saved = folder / "config.yaml"
+    if saved.is_file() and set(_read_config(saved)) != set(config):
+        raise ConfigError(f"out={out}: the folder was left by another command; name another one")
     if "resume" not in config or not folder.exists() or not any(folder.iterdir()):
         return
-    saved = folder / "config.yaml"
     if not saved.exists():
         raise ConfigError(f"out={out}: the folder holds files but no run; name an empty or a new one")
     if config["resume"] == "never":
@@ -261,9 +281,9 @@ def open_run_folder(out: str, config: Mapping[str, Any]) -> None:
 
 
 def _close_run_folder(folder: Path) -> None:
-    """Forget a run that was refused before it began, so that the corrected call may use the same folder."""
-    Path(folder, "config.yaml").unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # it holds something else already
+    """Forget a run that was refused before it left anything, so that the corrected call may use the same folder."""
+    if [path.name for path in folder.iterdir()] == ["config.yaml"]:
+        Path(folder, "config.yaml").unlink()
         folder.rmdir()
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vqlm.command import command
-from vqlm.errors import ConfigError
+from vqlm.errors import ConfigError, Interrupted
 from vqlm.files import new_folder, write_json
 
 PROMPTS = ("red apple", "woman astronaut dark skin tone")
@@ -73,7 +73,16 @@ def run(title: str, module: str, arguments: list[str]) -> None:
     print(f"\n=== {title}\n    {shown}", flush=True)
     # huge pages for large buffers: about 1.1 times faster training on a CPU, and nothing elsewhere
     environment = {"THP_MEM_ALLOC_ENABLE": "1", **os.environ}
-    code = subprocess.run([sys.executable, "-m", module, *arguments], env=environment).returncode
+    process = subprocess.Popen([sys.executable, "-m", module, *arguments], env=environment)
+    try:
+        code = process.wait()
+    except Interrupted:
+        process.terminate()
+        process.wait()  # it saves its state
+        raise
+    except KeyboardInterrupt:  # the terminal has sent it to both
+        process.wait()
+        raise
     if code:
         print(
             f"\n{shown}\nended with exit code {code}. Run the same command again to go on from here.",

@@ -22,11 +22,6 @@ class Hardware:
     precision: Literal["bf16", "fp32"]
 
     @property
-    def autocast(self) -> torch.autocast:
-        """A context in which matrix products run in bf16 where that was chosen."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
-
-    @property
     def lightning(self) -> dict[str, object]:
         """Arguments for `lightning.Trainer`."""
         precision = "bf16-mixed" if self.precision == "bf16" else "32-true"

@@ -184,9 +184,14 @@ def build(value: Any, key: str = "", packages: Iterable[str] = PACKAGES) -> Any:
     found = locate(value["_target_"], key, packages)
     arguments = convert({name: each for name, each in below.items() if name not in RESERVED}, found)
     if value.get("_partial_", False):
-        return functools.partial(found, **arguments)
+        return functools.partial(_construct, found, key, **arguments)
+    return _construct(found, key, **arguments)
+
+
+def _construct(found: type, key: str, /, *given: Any, **arguments: Any) -> Any:
+    """Call a constructor; what it refuses is a ConfigError with the key. A `_partial_` node does this when called."""
     try:
-        return found(**arguments)
+        return found(*given, **arguments)
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}" if key else str(error)) from error
     except REFUSALS as error:

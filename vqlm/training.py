@@ -24,11 +24,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from vqlm.errors import ConfigError, Interrupted
 from vqlm.files import clean, new_folder, sha256, write_json, write_text
 from vqlm.hardware import Hardware
+from vqlm.progress import percent
 
 FOREVER = 10**9  # batches of a run that only its minutes end
 
@@ -73,7 +73,7 @@ class Learner(L.LightningModule):
     """A model in training. A subclass says what a batch costs (`losses`); this class does the step.
 
     optimizer: parameters → optimizer, with its base learning rate. clip: largest gradient norm. max_bad_batches: a
-    batch whose loss or gradient is not finite is skipped before anything is updated; so many in a row end the run.
+    batch whose loss or gradient is not finite is skipped before any weight is updated; so many in a row end the run.
     """
 
     def __init__(
@@ -94,6 +94,7 @@ class Learner(L.LightningModule):
         self.batches_seen = 0
         self.samples_seen = 0
         self.seconds = 0.0
+        self._clock: float | None = None
         self.bad_batches = 0
         self.bad_in_a_row = 0
         self.latest: dict[str, float] = {}
@@ -128,7 +129,8 @@ class Learner(L.LightningModule):
         return self.optimizer
 
     def training_step(self, batch: Any, batch_index: int) -> None:
-        started = time.perf_counter()
+        if self._clock is None:
+            self._clock = time.perf_counter()
         rate = self.budget.rate(self.batches_seen, self.progress)
         for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = base * rate
@@ -136,7 +138,9 @@ class Learner(L.LightningModule):
         logs = self._step(batch)
         self.batches_seen += 1
         self.samples_seen += sample_count(batch)
-        self.seconds += time.perf_counter() - started
+        now = time.perf_counter()
+        self.seconds += now - self._clock  # since the end of the step before: loading and saving count too
+        self._clock = now
         self.latest = {**logs, "rate": rate}
 
     def _step(self, batch: Any) -> dict[str, float]:
@@ -161,7 +165,7 @@ class Learner(L.LightningModule):
         self.optimizer.zero_grad(set_to_none=True)
         self.bad_batches += 1
         self.bad_in_a_row += 1
-        warnings.warn(f"batch {self.batches_seen} skipped, nothing was updated: {error}", stacklevel=2)
+        warnings.warn(f"batch {self.batches_seen} skipped, no weight was updated: {error}", stacklevel=2)
         if self.bad_in_a_row >= self.max_bad_batches:
             raise RuntimeError(
                 f"{self.bad_in_a_row} batches in a row were not finite (last: {error}). "
@@ -209,13 +213,17 @@ def sample_count(batch: Any) -> int:
 
 
 class Checkpoints:
-    """`folder/batch-00000123/`: state.safetensors and state.json with its checksum; the newest `keep` stay."""
+    """`folder/batch-00000123/`: state.safetensors and state.json with its checksum; the newest `keep` stay.
 
-    def __init__(self, folder: str | Path, keep: int = 2):
-        self.folder, self.keep = Path(folder), keep
+    identity: JSON that says what is trained on; a checkpoint of anything else is refused, not resumed.
+    """
+
+    def __init__(self, folder: str | Path, identity: dict[str, Any] | None = None, keep: int = 2):
+        self.folder, self.identity, self.keep = Path(folder), identity or {}, keep
 
     def save(self, learner: Learner) -> Path:
         tensors, data = learner.training_state()
+        data["identity"] = self.identity
         target = self.folder / f"batch-{learner.batches_seen:08d}"
         with new_folder(target) as part:
             save_file(
@@ -244,18 +252,30 @@ class Checkpoints:
             except (OSError, ValueError, KeyError) as error:
                 warnings.warn(f"{path} is damaged ({error}); trying the one before", stacklevel=2)
                 continue
+            self._check(path, data.get("identity", {}))
             learner.load_training_state(tensors, data)
             return path
         return None
+
+    def _check(self, path: Path, theirs: dict[str, Any]) -> None:
+        for name in sorted(self.identity.keys() | theirs.keys()):
+            old, new = theirs.get(name), self.identity.get(name)
+            if old != new:
+                raise ConfigError(
+                    f"{path} was trained with {name} {old}, now it is {new}: "
+                    "going on would mix the two. Name another out=, or restore what it was trained on."
+                )
 
 
 class Run(L.Callback):
     """Watches one `fit`: progress on the terminal, log.jsonl, checkpoints, the end of the budget, and signals."""
 
-    def __init__(self, learner: Learner, folder: Path, checkpoint_minutes: float, label: str):
+    def __init__(
+        self, learner: Learner, folder: Path, identity: dict[str, Any], checkpoint_minutes: float, label: str
+    ):
         self.learner, self.label = learner, label
         self.log_path = folder / "log.jsonl"
-        self.checkpoints = Checkpoints(folder / "checkpoints")
+        self.checkpoints = Checkpoints(folder / "checkpoints", identity)
         self.checkpoint_seconds = checkpoint_minutes * 60
         self.last_saved = time.monotonic()
         self.last_logged = -math.inf
@@ -267,7 +287,7 @@ class Run(L.Callback):
         self.log_path.touch()
         kept = [e for e in read_log(self.log_path) if e["batch"] <= self.learner.batches_seen]
         write_text(self.log_path, "".join(json.dumps(e) + "\n" for e in kept))
-        self.bar = progress_bar(self.label)
+        self.bar = percent(self.label)
         self.handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -315,13 +335,6 @@ class Run(L.Callback):
             file.write(json.dumps({**entry, **learner.latest}) + "\n")
 
 
-def progress_bar(label: str) -> Any:
-    """0..100 %, elapsed and remaining time. On a file or pipe one line in 20 seconds, not a redrawn one."""
-    quiet = not sys.stderr.isatty()
-    form = "{desc} {percentage:3.0f}%|{bar:24}| {elapsed}<{remaining} {postfix}" + ("\n" if quiet else "")
-    return tqdm(total=100.0, desc=label, bar_format=form, mininterval=20 if quiet else 0.3, leave=True)
-
-
 def postfix(learner: Learner) -> str:
     rate = learner.samples_seen / max(learner.seconds, 1e-9)
     return (
@@ -367,27 +380,27 @@ def fit(
     label: str,
     workers: int = 0,
     checkpoint_minutes: float = 3.0,
-) -> None:
+    identity: dict[str, Any] | None = None,
+) -> bool:
     """Train until the budget is used up, from the newest checkpoint in `folder` if there is one.
 
-    batches: total → dataset whose item n is batch n of the run.
+    batches: total → dataset whose item n is batch n of the run. identity: JSON that says what is trained on.
+    The learner is left on the hardware's device. Returns False if the run had been finished before.
 
     Raises:
-        Interrupted: SIGTERM or Ctrl-C came; the step was finished and the state saved.
+        Interrupted: SIGTERM came (KeyboardInterrupt: Ctrl-C); the step was finished and the state saved.
         RuntimeError: too many batches in a row were not finite.
     """
     folder = Path(folder)
-    if workers < 0 or checkpoint_minutes <= 0:
-        raise ConfigError(
-            f"workers={workers} must not be negative, checkpoint_minutes={checkpoint_minutes} be positive"
-        )
+    check_loading(workers, checkpoint_minutes)
     folder.mkdir(parents=True, exist_ok=True)
-    run = Run(learner, folder, checkpoint_minutes, label)
+    run = Run(learner, folder, identity or {}, checkpoint_minutes, label)
+    learner.to(hardware.device)  # before a resumed optimizer state is put beside the parameters
     found = run.checkpoints.resume(learner)
     if found:
         print(f"{label}: going on from {found} ({100 * learner.progress:.0f} % done)", file=sys.stderr)
     if learner.progress >= 1:
-        return
+        return False
     loader = Once(batches(learner.budget.batches or FOREVER), learner.batches_seen, workers)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # banners, not news
     with warnings.catch_warnings():
@@ -404,5 +417,15 @@ def fit(
             use_distributed_sampler=False,
         )
         trainer.fit(learner, loader)
+    learner.to(hardware.device)  # Lightning leaves it on the CPU
     if run.signal_seen:
-        raise Interrupted
+        raise KeyboardInterrupt if run.signal_seen == signal.SIGINT else Interrupted
+    return True
+
+
+def check_loading(workers: int, checkpoint_minutes: float) -> None:
+    """ConfigError on settings that `fit` cannot work with; commands call it before they read data."""
+    if workers < 0 or checkpoint_minutes <= 0:
+        raise ConfigError(
+            f"workers={workers} must not be negative, checkpoint_minutes={checkpoint_minutes} be positive"
+        )
