@@ -43,7 +43,10 @@ def evaluate(
             f"train_captions={train_captions}, heldout_captions={heldout_captions}: not negative"
         )
     pipeline = Pipeline.from_pretrained(model, device)
-    pipeline.sampling = pipeline.sampling_with(guidance, temperature, top_k, top_p)
+    try:
+        pipeline.sampling = pipeline.sampling_with(guidance, temperature, top_k, top_p)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     report(pipeline, store, Path(out), train_captions, heldout_captions, seed)
 
 
@@ -62,6 +65,10 @@ def report(
     """
     store = open_store(store_folder)
     store.check(pipeline.images)
+    if store.grid != pipeline.model.form.grid:
+        raise ConfigError(
+            f"the store's pictures have {store.grid} cells, the model draws {pipeline.model.form.grid}"
+        )
     result: dict[str, Any] = dict(extra or {})
     result["sampling"] = asdict(pipeline.sampling) | {"seed": seed}
     result["compared"] = "squared pixel distance to the set's reconstructions"
@@ -92,7 +99,7 @@ def whole_set(pipeline: Pipeline, splits: dict[str, Pairs]) -> tuple[Tensor, lis
     """Reconstructions (N,3,H,W) of every stored picture, training ones first, and their concepts."""
     pixels, concepts = [], []
     for pairs in splits.values():
-        for codes in pairs.codes_NhwQ.split(256):
+        for codes in pairs.codes_NhwQ.split(256) if len(pairs) else ():
             pixels.append(pipeline.decode([Image(c) for c in codes]))
         concepts += pairs.concepts
     return torch.cat(pixels), concepts

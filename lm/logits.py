@@ -21,11 +21,12 @@ def guide(conditional_BV: Tensor, unconditional_BV: Tensor, scale: float) -> Ten
 
 
 def temper(logits_BV: Tensor, temperature: float) -> Tensor:
-    """Divide by the temperature; 0 leaves only the largest logit of each row (greedy)."""
+    """Divide by the temperature, up to a constant for each row; 0 leaves only the largest logit (greedy)."""
     if temperature == 0:
         best = logits_BV.argmax(-1, keepdim=True)
         return torch.full_like(logits_BV, -torch.inf).scatter(-1, best, 0.0)
-    return logits_BV / temperature
+    # the largest becomes 0 first, so that a tiny temperature cannot overflow
+    return (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature
 
 
 def top_k(logits_BV: Tensor, k: int) -> Tensor:

@@ -8,7 +8,7 @@ have weights, `head.safetensors`.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +138,12 @@ class Pipeline:
         """
         return self.show(self.draw(prompt, n, self.sampling_with(guidance, temperature, top_k, top_p), seed))
 
-    def sampling_with(self, *values: float | None) -> Sampling:
-        """These values of guidance, temperature, top_k and top_p, and for those that are None our own."""
-        own = asdict(self.sampling)
-        return Sampling(**{k: own[k] if v is None else v for k, v in zip(own, values, strict=True)})
+    def sampling_with(
+        self, guidance: float | None, temperature: float | None, top_k: int | None, top_p: float | None
+    ) -> Sampling:
+        """These values, and for those that are None our own."""
+        given = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        return replace(self.sampling, **{name: value for name, value in given.items() if value is not None})
 
     @staticmethod
     def show(x_NCHW: Tensor) -> list[PILImage.Image]:
@@ -150,9 +152,9 @@ class Pipeline:
 
     def draw(self, prompt: str | list[str], n: int, sampling: Sampling, seed: int) -> Tensor:
         """As `generate`, as pixels (N,3,H,W) in [-1,1]."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if n < 1 or not prompts or not all(isinstance(p, str) for p in prompts):
-            raise ValueError(f"n={n} must be at least 1, and prompt a string or a list of strings")
+        prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+        if not isinstance(n, int) or n < 1 or not prompts or not all(isinstance(p, str) for p in prompts):
+            raise ValueError(f"n={n} must be a whole number from 1, and prompt a string or a list of strings")
         form, random = self.model.form, torch.Generator().manual_seed(seed)
         starts = [form.image_prompt(self._segments([p])) for p in prompts for _ in range(n)]
         drawn: list[Image] = []
@@ -185,6 +187,8 @@ class Pipeline:
         self, pictures: list[Image], limit: int = 64, temperature: float = 0.0, seed: int = 0
     ) -> list[str]:
         """Words for each picture given as codes."""
+        if not pictures:
+            return []
         prompts = [self.model.form.build([picture], end=False) for picture in pictures]
         random = torch.Generator().manual_seed(seed)
         drawn = draw_text(self.model, prompts, Sampling(1.0, temperature), random, limit, images=False)
@@ -236,6 +240,10 @@ class Pipeline:
         return segments
 
     def _encode(self, picture: PILImage.Image) -> Image:
+        if not isinstance(picture, PILImage.Image):
+            raise ValueError(
+                f"a picture is expected, found {type(picture).__name__}; vq.images.open_image reads files"
+            )
         height, width = self.model.form.grid
         if height != width:
             raise ValueError(f"pictures are read as squares, this model draws {height}x{width} cells")

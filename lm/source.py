@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from lm.model import add_rows, from_scratch
@@ -46,7 +47,8 @@ class Scratch:
                 "pad_token_id": vocabulary.pad,
             }
             lm = from_scratch({**self.config, **config}, vocabulary.size, seed)
-        except (KeyError, TypeError, ValueError) as error:
+            lm(input_ids=torch.tensor([[0, 1]]))  # sizes that do not go together show here, before any data
+        except Exception as error:  # each architecture has checks, and exceptions, of its own
             raise ConfigError(f"lm.config does not make a language model: {error}") from error
         return Extended(lm, tokenizer, vocabulary)
 
@@ -60,6 +62,8 @@ class Pretrained:
         self.path = path
 
     def build(self, captions: list[str], codebook_size: int, depth: int, seed: int) -> Extended:
+        if Path(self.path).is_dir() and not Path(self.path, "config.json").is_file():
+            raise ConfigError(f"lm.path={self.path}: no model there, config.json is missing")
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.path)
             lm = AutoModelForCausalLM.from_pretrained(self.path, dtype="float32", attn_implementation="sdpa")
@@ -68,6 +72,9 @@ class Pretrained:
                 f"lm.path={self.path}: neither a Hugging Face folder nor a hub id at hand: {error}"
             ) from error
         first = len(tokenizer)
-        vocabulary = extend(tokenizer, codebook_size, depth)
+        try:
+            vocabulary = extend(tokenizer, codebook_size, depth)
+        except ValueError as error:
+            raise ConfigError(f"lm.path={self.path}: {error}") from error
         add_rows(lm, first, vocabulary.size, seed)
         return Extended(lm, tokenizer, vocabulary)

@@ -93,7 +93,7 @@ def train(
     }
     extra = {"run": {**run, "bad_batches": training.bad_batches, "parameters": parameters}}
     report(pipeline, store, folder, train_captions, heldout_captions, seed, extra)
-    print(f"model: {folder / 'model'}   pictures: {folder / 'samples.png'}")
+    print(f"model: {folder / 'model'}   metrics and pictures: {folder}")
 
 
 main = command("lm_train", train, free=("device", "precision", "workers", "checkpoint_minutes"))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tiny import make_plain_llama
 
 from lm import Pipeline
 from vq import ImageTokenizer
 from vq.store import CodeStore
-from vqlm.training import Checkpoints
+from vqlm.training import Checkpoints, read_log
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["vq_size=smoke", "learner.budget.batches=12", "device=cpu"]
@@ -82,7 +84,7 @@ def test_each_command_leaves_what_it_promises(road):
         assert (road / name).is_file(), name
     assert Checkpoints(road / "vq/checkpoints").all()
     assert len(list((road / "drawn").glob("a-red-circle-0-00?.png"))) == 3
-    for picture in [*road.glob("*/*.png")]:
+    for picture in [p for folder in ("vq", "lm", "drawn") for p in (road / folder).glob("*.png")]:
         with Image.open(picture) as opened:
             opened.load()
 
@@ -131,7 +133,6 @@ def test_running_again_repeats_nothing(road):
         "vq.encode",
         "images=folder",
         "images.source.path=mine",
-        "images.size=16",
         "images.holdout=0.2",
         "tokenizer=vq/tokenizer",
         "out=store",
@@ -142,30 +143,40 @@ def test_running_again_repeats_nothing(road):
     assert before == {p: p.stat().st_mtime_ns for p in (road / "store").glob("*.parquet")}
 
 
-def test_a_terminated_run_exits_143_and_goes_on(road):
-    command = [
-        sys.executable,
-        "-m",
-        "vq.train",
+def terminated(cwd, done):
+    """Start a long training run, send SIGTERM once it is past batch `done`; its exit code and what it said."""
+    words = [
         "images=folder",
         "images.source.path=mine",
         "images.size=16",
         *SMALL,
         "learner.budget.batches=100000",
-        "out=killed",
     ]
     process = subprocess.Popen(
-        command, cwd=road, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE
+        [sys.executable, "-m", "vq.train", *words, "out=killed"],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    log = road / "killed/log.jsonl"
-    deadline = time.monotonic() + 120
-    while (not log.exists() or not log.read_text()) and time.monotonic() < deadline:
+    log, deadline = cwd / "killed/log.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if log.exists() and any(entry["batch"] > done for entry in read_log(log)):
+            break
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 143
+    said = process.communicate(timeout=60)[1]
+    return process.returncode, said
+
+
+def test_a_terminated_run_exits_143_and_goes_on(road):
+    code, _ = terminated(road, 0)
     (saved,) = Checkpoints(road / "killed/checkpoints").all()
-    assert int(saved.name.removeprefix("batch-")) > 0
+    done = int(saved.name.removeprefix("batch-"))
+    assert (code, done > 0) == (143, True)
+    code, said = terminated(road, done)
+    assert code == 143
+    assert f"going on from killed/checkpoints/{saved.name}" in said
 
 
 @pytest.mark.parametrize(
@@ -176,6 +187,9 @@ def test_a_terminated_run_exits_143_and_goes_on(road):
         ("vq.train", ["images=folder", "images.source.path=nowhere"], "nowhere"),
         ("vq.train", ["images.size=30"], "multiple"),
         ("vq.train", ["images=shapes", "batch_size=0"], "batch_size"),
+        ("vq.train", ["images=shapes", "learner.clip=0"], "clip"),
+        ("vq.train", ["images=shapes", "workers=-1"], "workers"),
+        ("lm.train", ["store=store", "head=depth_transformer", "head.heads=3"], "heads=3"),
         ("vq.train", ["learner.optimizer.lr=abc"], "lr"),
         ("vq.encode", ["images=shapes", "tokenizer=vq/tokeniser"], "tokenizer"),
         ("lm.train", ["store=stoer"], "store"),
@@ -192,6 +206,47 @@ def test_wrong_configuration_exits_2_says_what_and_leaves_nothing(road, module, 
     assert "Traceback" not in output
     assert "reading pictures" not in output
     assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    "choice", [["layout=flat", "head=linear"], ["head=depth_transformer"], ["lm=pretrained"]]
+)
+def test_every_layout_head_and_source_of_models_trains_and_draws(road, choice, tmp_path):
+    if choice == ["lm=pretrained"]:
+        make_plain_llama(tmp_path / "llama")
+        choice, size = (
+            ["lm=pretrained", f"lm.path={tmp_path / 'llama'}"],
+            ["train_captions=8", "heldout_captions=4"],
+        )
+    run(
+        "lm.train",
+        "store=store",
+        *size,
+        *choice,
+        "learner.budget.batches=3",
+        "device=cpu",
+        f"out={tmp_path}/run",
+        cwd=road,
+    )
+    assert (
+        len(Pipeline.from_pretrained(tmp_path / "run/model").generate('a red circle, (not) "green"', n=2))
+        == 2
+    )
+
+
+def test_a_store_made_anew_under_the_same_name_is_not_gone_on_with(road):
+    images = ["images=folder", "images.source.path=mine", "images.holdout=0.2"]
+    words = ["store=again", "lm_size=smoke", "learner.budget.batches=3", "device=cpu", "out=bound"]
+    run("vq.encode", *images, "tokenizer=vq/tokenizer", "out=again", cwd=road)
+    run("lm.train", *words, cwd=road)
+    shutil.rmtree(road / "again")
+    run("vq.encode", *images[:2], "images.holdout=0.4", "tokenizer=vq/tokenizer", "out=again", cwd=road)
+    assert "was trained with store" in run("lm.train", *words, cwd=road, code=2)
+
+
+def test_prompts_are_taken_as_they_are_typed(road):
+    for prompt in ("7", "a, b (c) = {d}", 'it\'s "so" \\', "${x}", "日本語"):
+        run("lm.generate", "model=lm/model", f"prompt={prompt}", "n=1", "out=typed", cwd=road)
 
 
 def test_another_tokenizers_store_is_refused_with_both_fingerprints(road):

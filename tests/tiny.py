@@ -90,3 +90,22 @@ def make_model(head="layered", layout="stacked", grid=(2, 2), depth=2, seed=0):
     torch.manual_seed(seed)
     lm = from_scratch({**QWEN, "initializer_range": 0.3}, form.vocabulary.size, seed)
     return MultimodalLM(lm, make_head(head, form.width), form).eval(), tokenizer
+
+
+def make_plain_llama(folder):
+    """A Hugging Face causal LM with none of our tokens, as a user would bring one."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from lm.vocab import train_text_tokenizer
+
+    tokenizer = train_text_tokenizer(["a red circle, inset 1", "a blue square"] * 4, 300)
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    config = LlamaConfig(
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=64,
+        vocab_size=len(tokenizer),
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

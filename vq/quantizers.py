@@ -101,7 +101,7 @@ class LibraryResidualQuantizer(Quantizer):
         """Codes (B,h,w,Q) in [0,K) → latent (B,D,h,w); ValueError outside (the library decodes -1 to zeros)."""
         check_codes(codes_BhwQ, self.depth, self.codebook_size)
         B, h, w, Q = codes_BhwQ.shape
-        codes = codes_BhwQ.reshape(-1, Q)
+        codes = codes_BhwQ.reshape(-1, Q).long()  # torch reads uint8 indices as a mask
         z = torch.stack([self.codebook(d)[codes[:, d]] for d in range(Q)]).sum(0)
         return z.reshape(B, h, w, self.dim).permute(0, 3, 1, 2)
 

@@ -560,7 +560,7 @@ class CodeStore:
             raise ConfigError(f"{path} has {size} bytes, not {each['bytes']}; {_again(self.folder)}")
         try:
             rows = pq.read_metadata(path).num_rows
-        except (pa.ArrowException, OSError) as error:
+        except Exception as error:  # a damaged file may raise anything in the reader
             raise ConfigError(f"{path} cannot be read: {error}; {_again(self.folder)}") from error
         if rows != each["rows"]:
             raise ConfigError(f"{path} has {rows} rows, not {each['rows']}; {_again(self.folder)}")
@@ -770,6 +770,7 @@ def _well_formed(manifest: dict[str, Any]) -> bool:
             and sum(each["rows"] for each in shards) == manifest["pictures"] > 0
             and all(isinstance(each["bytes"], int) and isinstance(each["sha256"], str) for each in shards)
             and (grid is None or (len(grid) == 2 and all(isinstance(side, int) for side in grid)))
+            and {"rejects.jsonl", "tokenizer/config.json"} <= manifest["files"].keys()
             and all(
                 ".." not in Path(name).parts and not Path(name).is_absolute() for name in manifest["files"]
             )

@@ -85,8 +85,10 @@ class ImageTokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, x_BCHW: Tensor) -> Tensor:
         """Pixels (B,3,H,W) float in [-1,1] → codes (B,h,w,Q) int64. ValueError on other shapes, sizes or values."""
-        x_BCHW = self._check_pixels(x_BCHW)
-        if x_BCHW.numel() and not (x_BCHW.min() >= -1.001 and x_BCHW.max() <= 1.001):
+        x_BCHW = self._check_pixels(x_BCHW).float()
+        if not x_BCHW.numel():
+            raise ValueError(f"no pixels in shape {tuple(x_BCHW.shape)}")
+        if not (x_BCHW.min() >= -1.001 and x_BCHW.max() <= 1.001):
             low, high = float(x_BCHW.min()), float(x_BCHW.max())
             raise ValueError(
                 f"pixels lie in [{low:.3g}, {high:.3g}]; expected [-1, 1] (vq.images.to_pixels gives that)"

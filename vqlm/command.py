@@ -13,6 +13,7 @@ import inspect
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -177,7 +178,7 @@ def _quoted(argument: str, made: Command) -> str:
     parameter = inspect.signature(made.function).parameters.get(key)
     if not equals or parameter is None or parameter.annotation not in TEXT or value in ("", "null", "???"):
         return argument
-    if value[0] in "'\"" and value[-1] == value[0] and len(value) > 1:
+    if re.fullmatch(r"'(\\.|[^'\\])*'|\"(\\.|[^\"\\])*\"", value):
         return argument  # quoted already, for hydra
     value = value.replace("${", "\\${")  # text, not an interpolation
     value = re.sub(r"(\\*)('|$)", lambda at: 2 * at[1] + ("\\'" if at[2] else ""), value)
@@ -206,7 +207,7 @@ def run(made: Command, config: dict[str, Any]) -> None:
         open_run_folder(out, config)
     try:
         made.function(**schema.convert(built, made.function))
-    except ConfigError:
+    except Exception:
         if fresh and out is not None:
             _close_run_folder(Path(out))
         raise
@@ -253,10 +254,12 @@ def check_run_folder(out: str, config: Mapping[str, Any], free: tuple[str, ...] 
     saved = folder / "config.yaml"
     if saved.is_file() and set(_read_config(saved)) != set(config):
         raise ConfigError(f"out={out}: the folder was left by another command; name another one")
-    if "resume" not in config or not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or not any(folder.iterdir()):
         return
     if not saved.exists():
         raise ConfigError(f"out={out}: the folder holds files but no run; name an empty or a new one")
+    if "resume" not in config:
+        return
     if config["resume"] == "never":
         raise ConfigError(
             f"out={out}: the folder holds a run, and resume=never; name another one, or resume=auto"
@@ -275,22 +278,31 @@ def open_run_folder(out: str, config: Mapping[str, Any]) -> None:
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
         files.clean(out)
-        files.write_text(Path(out, "config.yaml"), OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+        files.write_text(
+            Path(out, "config.yaml"), yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+        )
     except OSError as error:
         raise ConfigError(f"out={out}: {error.strerror or error}") from error
 
 
 def _close_run_folder(folder: Path) -> None:
-    """Forget a run that was refused before it left anything, so that the corrected call may use the same folder."""
-    if [path.name for path in folder.iterdir()] == ["config.yaml"]:
-        Path(folder, "config.yaml").unlink()
-        folder.rmdir()
+    """Forget a run that ended before it left a result, so that the corrected call may use the same folder."""
+    if {path.name for path in folder.rglob("*")} <= {
+        "config.yaml",
+        "rejects.json",
+        "log.jsonl",
+        "checkpoints",
+    }:
+        shutil.rmtree(folder)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        return _plain(OmegaConf.load(path))
-    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
+        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(read, dict):
+            raise ValueError(f"it holds a {type(read).__name__}")
+        return read
+    except (yaml.YAMLError, OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); name another out=") from error
 
 

@@ -19,8 +19,10 @@ def bar(total: int, what: str, unit: str, hidden: bool = False) -> Any:
 
 def percent(what: str) -> Any:
     """A bar from 0 to 100, whose postfix says more."""
-    form = "{desc} {percentage:3.0f}%|{bar:24}| {elapsed}<{remaining} {postfix}"
-    return tqdm(total=100.0, desc=what, **({"bar_format": form} | _lines("{postfix}")))
+    drawn: dict[str, Any] = {
+        "bar_format": "{desc} {percentage:3.0f}%|{bar:24}| {elapsed}<{remaining} {postfix}"
+    }
+    return tqdm(total=100.0, desc=what, **{**drawn, **_lines("{postfix}")})
 
 
 def _lines(more: str) -> dict[str, Any]:

@@ -169,7 +169,7 @@ class Learner(L.LightningModule):
         if self.bad_in_a_row >= self.max_bad_batches:
             raise RuntimeError(
                 f"{self.bad_in_a_row} batches in a row were not finite (last: {error}). "
-                "Lower the learning rate, or look at the data; the last checkpoint is intact."
+                "Lower the learning rate, or look at the data. Checkpoints that were saved before are intact."
             )
 
     # state -----------------------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ class Checkpoints:
         for path in reversed(self.all()):
             try:
                 data = json.loads((path / "state.json").read_text(encoding="utf-8"))
-                if sha256(path / "state.safetensors") != data["sha256"]:
+                if not isinstance(data, dict) or sha256(path / "state.safetensors") != data["sha256"]:
                     raise ValueError("checksum differs")
                 tensors = load_file(str(path / "state.safetensors"))
             except (OSError, ValueError, KeyError) as error:

@@ -29,8 +29,10 @@ class DepthTransformerHead(Head):
         heads: int = 4,
     ):
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"dim={dim} is not a multiple of heads={heads}")
+        if dim < 1 or layers < 1 or heads < 1 or dim % heads:
+            raise ValueError(
+                f"dim={dim}, layers={layers}, heads={heads}: at least 1 each, dim a multiple of heads"
+            )
         self.width = width
         self.from_hidden = nn.Linear(hidden_size, dim)
         self.from_ids = nn.Linear(hidden_size, dim)

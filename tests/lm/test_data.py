@@ -90,9 +90,8 @@ def test_dropping_the_condition_drops_the_caption_and_keeps_the_picture():
 @pytest.mark.parametrize("layout", ["stacked", "flat"])
 def test_noise_replaces_codes_that_are_read_and_none_that_are_to_be_predicted(layout):
     form = make_format(layout)[0]
-    clean, noisy = (
-        DocumentBatches(pairs(), form, Mixture(noise=noise), 16, 64, 0, 10)[4] for noise in (0.0, 0.3)
-    )
+    made = pairs(64)
+    clean, noisy = (DocumentBatches(made, form, Mixture(noise=n), 64, 64, 0, 10)[4] for n in (0.0, 0.3))
     assert torch.equal(clean.next_BTW, noisy.next_BTW)
     picture = clean.ids_BTW >= form.vocabulary.image_offset
     assert torch.equal(clean.ids_BTW[~picture], noisy.ids_BTW[~picture])

@@ -10,6 +10,7 @@ from tiny import HEADS, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm import Pipeline
+from lm.decoding import Sampling
 from vqlm.errors import ConfigError
 
 
@@ -35,6 +36,7 @@ def test_saved_and_loaded_draws_the_same(head, layout, tmp_path):
 def test_generate_gives_pictures_and_follows_seed_prompt_and_n(bundle):
     pipe = Pipeline.from_pretrained(bundle)
     pictures = pipe.generate("a red circle", n=4, guidance=3.0, temperature=1.0, top_k=0, top_p=1.0, seed=0)
+    pipe.sampling = Sampling(guidance=3.0)  # what is not said is as the bundle says
     assert [(p.size, p.mode) for p in pictures] == [((16, 16), "RGB")] * 4
     assert same(pictures, pipe.generate("a red circle", n=4))
     assert not same(pictures, pipe.generate("a red circle", n=4, seed=1))

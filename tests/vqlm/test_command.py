@@ -230,7 +230,6 @@ WRONG = {
     "truth for a whole number": (["seed=true"], "seed=true: must be a whole number"),
     "fraction": (["seed=1.5"], "seed=1.5: must be a whole number"),
     "null": (["seed=null"], "seed=null: must be a whole number"),
-    "number for a text": (["task=3"], "task=3: must be a text"),
     "optional": (["images.noise=abc"], "images.noise=abc: must be a number or null"),
     "literal": (["resume=atuo"], "resume=atuo: must be one of auto, never; did you mean 'auto'?"),
     "tuple too long": (["images.crop=[1,2,3]"], "images.crop=[1, 2, 3]: must be"),
