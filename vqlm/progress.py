@@ -13,7 +13,7 @@ SECONDS_BETWEEN_LINES = 20
 def bar(total: int, what: str, unit: str, hidden: bool = False) -> Any:
     """A tqdm bar to `update`, on stderr. unit: what is counted, in the plural."""
     return tqdm(
-        total=total, desc=what, unit=f" {unit}", disable=hidden, **_lines("{n_fmt}/{total_fmt}{unit}")
+        total=total, desc=what, unit=f" {unit}", disable=hidden, **_lines(", {n_fmt}/{total_fmt}{unit}")
     )
 
 
@@ -29,5 +29,5 @@ def _lines(more: str) -> dict[str, Any]:
     """What makes a bar print lines, where nobody watches it being redrawn."""
     if sys.stderr.isatty():
         return {}
-    form = "{desc}: {percentage:3.0f}%, {elapsed} gone, {remaining} to go, " + more + "\n"
+    form = "{desc}: {percentage:3.0f}%, {elapsed} gone, {remaining} to go" + more + "\n"
     return {"bar_format": form, "mininterval": SECONDS_BETWEEN_LINES}
