@@ -214,20 +214,9 @@ def test_wrong_configuration_exits_2_says_what_and_leaves_nothing(road, module, 
 def test_every_layout_head_and_source_of_models_trains_and_draws(road, choice, tmp_path):
     if choice == ["lm=pretrained"]:
         make_plain_llama(tmp_path / "llama")
-        choice, size = (
-            ["lm=pretrained", f"lm.path={tmp_path / 'llama'}"],
-            ["train_captions=8", "heldout_captions=4"],
-        )
-    run(
-        "lm.train",
-        "store=store",
-        *size,
-        *choice,
-        "learner.budget.batches=3",
-        "device=cpu",
-        f"out={tmp_path}/run",
-        cwd=road,
-    )
+        choice = [*choice, f"lm.path={tmp_path / 'llama'}"]
+    size = ["lm_size=smoke", "learner.budget.batches=3", "device=cpu"]
+    run("lm.train", "store=store", *size, *choice, f"out={tmp_path}/run", cwd=road)
     assert (
         len(Pipeline.from_pretrained(tmp_path / "run/model").generate('a red circle, (not) "green"', n=2))
         == 2
