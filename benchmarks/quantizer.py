@@ -100,14 +100,14 @@ def fill_codebooks(residual_vq: Any, books_QKD: Tensor) -> None:
 
 
 def build_ours(case: Case, state: dict[str, Tensor]) -> Job:
-    from vq.quantizers import ResidualQuantizer
+    from vq.quantizers.residual import ResidualQuantizer
 
     return _build_adapter(ResidualQuantizer(D, case.K, case.Q), state)
 
 
 def build_library(case: Case, state: dict[str, Tensor]) -> Job:
     """The library's forward pass, through the same adapter: no replacement of unused codes, as ours."""
-    from vq.quantizers import LibraryResidualQuantizer
+    from vq.quantizers.residual import LibraryResidualQuantizer
 
     return _build_adapter(LibraryResidualQuantizer(D, case.K, case.Q), state)
 
@@ -130,7 +130,7 @@ def build_limit(case: Case, state: dict[str, Tensor]) -> Job:
     """Only the multiplications that distances need, in chunks in one buffer: no minimum, no update, no codes."""
     import torch
 
-    from vq.quantizers import CHUNK_BYTES
+    from vq.quantizers.nearest import CHUNK_BYTES
 
     x_ND = state["z"].permute(0, 2, 3, 1).reshape(N, D).contiguous()
     books = [(book.square().sum(1), book.T.contiguous()) for book in state["books"]]

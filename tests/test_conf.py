@@ -34,6 +34,9 @@ class Composer:
 
     def __init__(self, main: Command) -> None:
         self.name = main.config_name
+        defaults = OmegaConf.load(CONF / f"{self.name}.yaml").get("defaults", [])
+        groups = [item for each in defaults if OmegaConf.is_dict(each) for item in each.items()]
+        self.lists = {str(group): str(chosen[0]) for group, chosen in groups if OmegaConf.is_list(chosen)}
 
     def __enter__(self) -> "Composer":
         self.context = hydra.initialize_config_dir(str(CONF), version_base="1.3")
@@ -50,6 +53,9 @@ class Composer:
         choices = {
             key: each for key, each in config.hydra.runtime.choices.items() if not key.startswith("hydra/")
         }
+        # hydra does not report a group that takes a list; a single choice stands for it here
+        given = dict(each.split("=") for each in overrides)
+        choices |= {group: given.get(group, first) for group, first in self.lists.items()}
         plain = hydra.compose(self.name, list(overrides))
         return OmegaConf.to_container(plain, resolve=True, throw_on_missing=False), choices  # type: ignore
 

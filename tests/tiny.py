@@ -8,7 +8,7 @@ def make_tokenizer(seed=0):
     import torch
 
     from vq.backbones.conv import ConvDecoder, ConvEncoder
-    from vq.quantizers import ResidualQuantizer
+    from vq.quantizers.residual import ResidualQuantizer
     from vq.tokenizer import ImageTokenizer
 
     torch.manual_seed(seed)

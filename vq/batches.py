@@ -6,14 +6,32 @@ Legend: N pictures, B batch, C H W picture.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from vq.data import PictureSet
 from vq.images import from_bytes
 from vqlm.batches import Order, generator
+
+
+@dataclass(frozen=True)
+class PictureBatch:
+    """Pictures of one shape with what is said of them."""
+
+    x_BCHW: Tensor  # float in [-1,1]
+    ids: list[str]
+    captions: list[str]
+
+    @property
+    def samples(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: torch.device) -> PictureBatch:
+        return PictureBatch(self.x_BCHW.to(device), self.ids, self.captions)
 
 
 class Augment:
@@ -79,15 +97,18 @@ class NoAugment:
 
 
 class PictureBatches(Dataset):
-    """Item n is the n-th batch (B,3,H,W) float in [-1,1] of a run: a function of (seed, n) alone."""
+    """Item n is the n-th `PictureBatch` of a run: a function of (seed, n) alone."""
 
-    def __init__(self, x_NCHW: Tensor, batch_size: int, seed: int, augment: Augment | NoAugment, total: int):
-        self.x_NCHW, self.seed, self.augment, self.total = x_NCHW, seed, augment, total
-        self.order = Order(len(x_NCHW), batch_size, seed)
+    def __init__(
+        self, pictures: PictureSet, batch_size: int, seed: int, augment: Augment | NoAugment, total: int
+    ):
+        self.pictures, self.seed, self.augment, self.total = pictures, seed, augment, total
+        self.order = Order(len(pictures), batch_size, seed)
 
     def __len__(self) -> int:
         return self.total
 
-    def __getitem__(self, n: int) -> Tensor:
-        chosen = torch.from_numpy(self.order.indices(n))
-        return self.augment(from_bytes(self.x_NCHW[chosen]), generator(self.seed, n))
+    def __getitem__(self, n: int) -> PictureBatch:
+        chosen = self.pictures.select(self.order.indices(n).tolist())
+        x_BCHW = self.augment(from_bytes(chosen.x_NCHW), generator(self.seed, n))
+        return PictureBatch(x_BCHW, chosen.ids, chosen.captions)

@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vq.quantizers import LibraryResidualQuantizer, nearest_codes
+from vq.quantizers import CodebookQuantizer
+from vq.quantizers.nearest import nearest_codes
 
 MOST_CANDIDATES = 2**22  # torch.multinomial refuses more than 2^24
 
@@ -48,7 +49,12 @@ class CodebookReset:
 
     @torch.no_grad()
     def observe(
-        self, quantizer: LibraryResidualQuantizer, z_BDhw: Tensor, codes_BhwQ: Tensor, progress: float
+        self,
+        quantizer: CodebookQuantizer,
+        z_BDhw: Tensor,
+        codes_BhwQ: Tensor,
+        progress: float,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> list[int]:
         """After a training step: count, and at the end of a window replace. Returns replacements per depth, or [].
 
@@ -64,7 +70,7 @@ class CodebookReset:
             return []
         return self._replace(quantizer, z_BDhw)
 
-    def _replace(self, quantizer: LibraryResidualQuantizer, z_BDhw: Tensor) -> list[int]:
+    def _replace(self, quantizer: CodebookQuantizer, z_BDhw: Tensor) -> list[int]:
         assert self.counts_QK is not None and self.rest_QK is not None
         counts_QK = self.counts_QK
         unused_QK = (counts_QK < self.threshold * counts_QK.mean(1, keepdim=True)) & (self.rest_QK == 0)
@@ -72,8 +78,7 @@ class CodebookReset:
         replaced = []
         for depth in range(quantizer.depth):
             # residuals again at each depth: replacing codes of one depth changes what the next is given
-            given_QND, errors_QN = quantizer.residuals(z_BDhw)
-            vectors_ND, errors_N = given_QND[depth], errors_QN[depth]
+            vectors_ND, errors_N = residuals(quantizer, z_BDhw)[depth]
             unused = unused_QK[depth].nonzero().flatten()
             drawn = self._draw(errors_N, len(unused), depth)
             unused = unused[: len(drawn)]
@@ -95,17 +100,18 @@ class CodebookReset:
         return (drawn * step).to(errors_N.device)
 
     @torch.no_grad()
-    def finish(self, quantizer: LibraryResidualQuantizer, z_BDhw: Tensor, rounds: int = 8) -> list[int]:
+    def finish(self, quantizer: CodebookQuantizer, latents: list[Tensor], rounds: int = 8) -> list[int]:
         """After training: codes that no latent of the training set chooses are replaced, until every code is chosen.
 
-        z_BDhw: latents of the whole training set. Depth by depth, since changing one changes what the next is given.
+        latents: of the whole training set, (B,D,h,w) each. Depth by depth, since one changes what the next is given.
         A replacement is a residual with a large error, so at least that one chooses it; a code it takes vectors from
         may fall out of use, hence rounds. Codes in use stay as they are. Returns how many are unused at the end, per
         depth: 0 unless the training set has too few distinct residuals.
         """
         left = []
-        given_ND = z_BDhw.float().permute(0, 2, 3, 1).reshape(-1, quantizer.dim)
+        state_ND = torch.cat([quantizer.start(z) for z in latents])
         for depth in range(quantizer.depth):
+            given_ND = quantizer.vectors(state_ND, depth)
             for _ in range(rounds):
                 unused, errors_N = self._unused(quantizer.codebook(depth), given_ND)
                 if not len(unused):
@@ -115,7 +121,7 @@ class CodebookReset:
                 quantizer.replace_codes(depth, unused[: len(drawn)], given_ND[drawn])
             book_KD = quantizer.codebook(depth)
             left.append(len(self._unused(book_KD, given_ND)[0]))
-            given_ND = given_ND - book_KD[nearest_codes(given_ND, book_KD)]
+            state_ND = quantizer.leave(state_ND, depth, nearest_codes(given_ND, book_KD))
         return left
 
     @staticmethod
@@ -139,10 +145,17 @@ class CodebookReset:
 class NoReset:
     """The null member: codes are left as they are."""
 
-    def observe(self, quantizer: object, z_BDhw: Tensor, codes_BhwQ: Tensor, progress: float) -> list[int]:
+    def observe(
+        self,
+        quantizer: object,
+        z_BDhw: Tensor,
+        codes_BhwQ: Tensor,
+        progress: float,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> list[int]:
         return []
 
-    def finish(self, quantizer: object, z_BDhw: Tensor) -> list[int]:
+    def finish(self, quantizer: object, latents: list[Tensor]) -> list[int]:
         return []
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -150,6 +163,18 @@ class NoReset:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         pass
+
+
+@torch.no_grad()
+def residuals(quantizer: CodebookQuantizer, z_BDhw: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Per depth: the vectors (N,D') that its codes are compared with, and their squared errors (N)."""
+    state_ND, found = quantizer.start(z_BDhw), []
+    for depth in range(quantizer.depth):
+        vectors_ND, book_KD = quantizer.vectors(state_ND, depth), quantizer.codebook(quantizer.book_of(depth))
+        indices_N = nearest_codes(vectors_ND, book_KD)
+        found.append((vectors_ND, (vectors_ND - book_KD[indices_N]).square().sum(1)))
+        state_ND = quantizer.leave(state_ND, depth, indices_N)
+    return found
 
 
 def count_codes(codes_BhwQ: Tensor, codebook_size: int) -> Tensor:

@@ -6,18 +6,24 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vq.batches import PictureBatch
 from vq.codebook import CodebookReset, NoReset
+from vq.data import PictureSet
 from vq.images import from_bytes
-from vq.losses.reconstruction import Loss
-from vq.quantizers import LibraryResidualQuantizer
-from vq.tokenizer import ImageTokenizer, Reconstruction
+from vq.losses import Loss
+from vq.losses.adversarial import NoAdversary
+from vq.quantizers import CodebookQuantizer
+from vq.tokenizer import ImageTokenizer, NonFiniteError, Reconstruction
 from vqlm.training import Budget, Learner
 
 
 class TokenizerLearner(Learner):
-    """losses: name → loss, summed; reset: re-initialises unused codes; others as in `vqlm.training.Learner`."""
+    """losses: name → loss, summed; reset: re-initialises unused codes; adversary: a discriminator, or none;
+    continuous: share of the run for which the latent passes unquantized, before the codes are put in ("continuous
+    first, discrete later", arXiv 2605.06870); others as in `vqlm.training.Learner`.
+    """
 
     model: ImageTokenizer
 
@@ -28,45 +34,93 @@ class TokenizerLearner(Learner):
         reset: CodebookReset | NoReset,
         optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer],
         budget: Budget,
+        adversary: NoAdversary | None = None,
+        continuous: float = 0.0,
+        average: float | None = None,
         clip: float = 1.0,
         max_bad_batches: int = 10,
     ):
         if not losses:
             raise ValueError("losses is empty: a tokenizer needs at least a reconstruction loss")
-        super().__init__(channels_last(tokenizer), optimizer, budget, clip, max_bad_batches)
-        self.terms, self.reset = losses, reset
-        self._made: Reconstruction | None = None  # kept from the forward pass for `after_step`
+        if not 0 <= continuous < 1:
+            raise ValueError(f"continuous={continuous}: a share of the run from 0 to below 1")
+        for term in losses.values():
+            term.check(tokenizer)
+        companions: dict[str, nn.Module] = {
+            name: term for name, term in losses.items() if isinstance(term, nn.Module)
+        }
+        super().__init__(
+            channels_last(tokenizer), optimizer, budget, clip, max_bad_batches, average, companions
+        )
+        self.terms, self.reset, self.continuous = losses, reset, continuous
+        self.adversary = adversary or NoAdversary()
+        self._last: tuple[PictureBatch, Reconstruction] | None = None  # of the forward pass, for `after_step`
+        self._buffers: dict[str, Tensor] = {}
 
-    def losses(self, batch: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
-        x_BCHW = batch.contiguous(memory_format=torch.channels_last)
-        made = self._made = self.model(x_BCHW)
-        return {name: term(x_BCHW, made) for name, term in self.terms.items()}, {}
+    def losses(self, batch: PictureBatch) -> tuple[dict[str, Tensor], dict[str, float]]:
+        x_BCHW = batch.x_BCHW.contiguous(memory_format=torch.channels_last)
+        batch = PictureBatch(x_BCHW, batch.ids, batch.captions)
+        made = self._made(batch)
+        self._last = batch, made
+        losses = {name: term(batch, made) for name, term in self.terms.items()}
+        others = torch.stack(list(losses.values())).sum()
+        against, logs = self.adversary.loss(
+            batch, made, others, self.model.decoder.last_weight, self.progress
+        )
+        return losses | against, logs
+
+    def _made(self, batch: PictureBatch) -> Reconstruction:
+        try:
+            if self.progress < self.continuous:
+                return self.model.autoencode(batch.x_BCHW)
+            self.model.quantizer.anneal(self.progress)
+            return self.model(batch.x_BCHW)
+        except NonFiniteError as error:
+            named = ", ".join(batch.ids[row] for row in error.rows)
+            raise ArithmeticError(f"{error.what}: {named}; no codebook was touched") from error
+
+    def before_step(self) -> None:
+        """Codebooks learn by averages inside the forward pass: remember them, a loss may turn out not to be finite."""
+        self._buffers = {name: buffer.clone() for name, buffer in self.model.quantizer.named_buffers()}
+
+    def undo_step(self) -> None:
+        for name, buffer in self.model.quantizer.named_buffers():
+            buffer.copy_(self._buffers[name])
+        self._last = None
 
     def after_step(self) -> dict[str, float]:
-        made, quantizer = self._made, self.model.quantizer
-        self._made = None
-        assert made is not None
-        if made.quantized.codes_BhwQ is None or not isinstance(quantizer, LibraryResidualQuantizer):
-            return {}
+        assert self._last is not None
+        (batch, made), self._last = self._last, None
+        logs = self.adversary.step(batch, made, self.progress, self.rate)
+        if made.quantized.codes_BhwQ is None or not isinstance(self.model.quantizer, CodebookQuantizer):
+            return logs
         z = made.z_BDhw.detach()
-        replaced = self.reset.observe(quantizer, z, made.quantized.codes_BhwQ, self.progress)
-        return {f"replaced_{depth}": float(count) for depth, count in enumerate(replaced)}
+        replaced = self.reset.observe(
+            self.model.quantizer, z, made.quantized.codes_BhwQ, self.progress, self.optimizer
+        )
+        return logs | {f"replaced_{depth}": float(count) for depth, count in enumerate(replaced)}
 
     @torch.no_grad()
-    def finish(self, x_NCHW: Tensor, batch_size: int) -> list[int]:
-        """After training: see to it that every code is used on the training pictures (uint8). Unused ones per depth."""
-        model = self.model.eval()
-        if not isinstance(model.quantizer, LibraryResidualQuantizer):
+    def finish(self, sets: list[PictureSet], batch_size: int) -> list[int]:
+        """After training: see to it that every code is used on the training pictures. Unused ones per depth."""
+        model: Any = self.result.eval()
+        if not isinstance(model.quantizer, CodebookQuantizer):
             return []
         device = next(model.parameters()).device
-        latents = [model.encoder(from_bytes(x).to(device)).float() for x in x_NCHW.split(batch_size)]
-        return self.reset.finish(model.quantizer, torch.cat(latents))
+        latents = [
+            model.encoder(from_bytes(x).to(device)).float()
+            for pictures in sets
+            for x in pictures.x_NCHW.split(batch_size)
+        ]
+        return self.reset.finish(model.quantizer, latents)
 
     def extra_state(self) -> dict[str, Tensor]:
-        return {f"reset/{k}": v for k, v in self.reset.state_dict().items()}
+        state = {f"reset/{k}": v for k, v in self.reset.state_dict().items()}
+        return state | {f"adversary/{k}": v for k, v in self.adversary.state().items()}
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
-        self.reset.load_state_dict({k.removeprefix("reset/"): v for k, v in state.items()})
+        for part, load in (("reset/", self.reset.load_state_dict), ("adversary/", self.adversary.load_state)):
+            load({k.removeprefix(part): v for k, v in state.items() if k.startswith(part)})
 
 
 def channels_last(tokenizer: ImageTokenizer) -> ImageTokenizer:

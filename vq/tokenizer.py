@@ -8,13 +8,16 @@ Legend: B batch, H W picture, h w grid (H/f, W/f), D latent width, Q depth, K co
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-import vq.backbones.conv  # noqa: F401  declares the classes that a saved folder may name
+import vq.backbones
+import vq.quantizers
 from vq.backbones import Backbone
 from vq.quantizers import Quantized, Quantizer, check_codes
 from vqlm.checkpoint import declared, fingerprint, load_module, save_module
@@ -22,7 +25,16 @@ from vqlm.errors import ConfigError
 
 
 class NonFiniteError(ArithmeticError):
-    """A NaN or infinity before the quantizer. Raised so that it can never enter the codebook's averages."""
+    """A NaN or infinity before the quantizer. Raised so that it can never enter the codebook's averages.
+
+    rows: which pictures of the batch.
+    """
+
+    def __init__(self, what: str, rows: list[int]):
+        super().__init__(
+            f"{what} in picture {', '.join(map(str, rows))} of the batch; no codebook was touched"
+        )
+        self.what, self.rows = what, rows
 
 
 @dataclass
@@ -32,6 +44,7 @@ class Reconstruction:
     x_BCHW: Tensor  # decoded pixels, unclamped
     quantized: Quantized
     z_BDhw: Tensor  # the encoder's latent, before quantization
+    quantizer: Quantizer  # that made `quantized`
 
 
 @declared
@@ -75,12 +88,29 @@ class ImageTokenizer(nn.Module):
         return fingerprint(self)
 
     def forward(self, x_BCHW: Tensor) -> Reconstruction:
-        """The path of training: encode, quantize, decode, with gradients through the quantizer."""
-        z_BDhw = self.encoder(self._check_pixels(x_BCHW)).float()
-        if self.training and not torch.isfinite(z_BDhw).all():
-            raise NonFiniteError("the encoder gave NaN or infinite values; the codebook was not touched")
-        quantized = self.quantizer(z_BDhw)
-        return Reconstruction(self.decoder(quantized.z_BDhw).float(), quantized, z_BDhw)
+        """The path of training: encode, quantize, decode, with gradients through the quantizer.
+
+        NonFiniteError on NaN or infinite pixels or latents while training, before the quantizer sees them.
+        """
+        z_BDhw = self._latent(x_BCHW)
+        return self._decoded(z_BDhw, self.quantizer(z_BDhw))
+
+    def autoencode(self, x_BCHW: Tensor) -> Reconstruction:
+        """As `forward`, but the latent passes unquantized: a warm-up before the codes (arXiv 2605.06870)."""
+        z_BDhw = self._latent(x_BCHW)
+        return self._decoded(z_BDhw, Quantized(z_BDhw, None))
+
+    def _latent(self, x_BCHW: Tensor) -> Tensor:
+        x_BCHW = self._check_pixels(x_BCHW)
+        if self.training:
+            _check_finite(x_BCHW, "NaN or infinite pixels")
+        z_BDhw = self.encoder(x_BCHW).float()
+        if self.training:
+            _check_finite(z_BDhw, "NaN or infinite values from the encoder")
+        return z_BDhw
+
+    def _decoded(self, z_BDhw: Tensor, quantized: Quantized) -> Reconstruction:
+        return Reconstruction(self.decoder(quantized.z_BDhw).float(), quantized, z_BDhw, self.quantizer)
 
     @torch.no_grad()
     def encode(self, x_BCHW: Tensor) -> Tensor:
@@ -132,7 +162,21 @@ class ImageTokenizer(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ImageTokenizer:
         """Load a folder written by `save_pretrained`, in eval mode. ConfigError says which file is unusable and why."""
+        declare_families()
         module = load_module(folder, cls)
         if not isinstance(module, ImageTokenizer):
             raise ConfigError(f"{folder} does not hold an image tokenizer")
         return module
+
+
+def declare_families() -> None:
+    """Import every backbone and quantizer, so that a saved folder may name it."""
+    for family in (vq.backbones, vq.quantizers):
+        for module in pkgutil.iter_modules(family.__path__):
+            importlib.import_module(f"{family.__name__}.{module.name}")
+
+
+def _check_finite(x_BCHW: Tensor, what: str) -> None:
+    if not torch.isfinite(x_BCHW).all():
+        rows = (~torch.isfinite(x_BCHW).flatten(1).all(1)).nonzero().flatten().tolist()
+        raise NonFiniteError(what, rows)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from vq.batches import Augment, NoAugment, PictureBatches
 from vq.data import ImageData
@@ -58,7 +58,7 @@ def train(
     write_json(folder / "rejects.json", images.rejects)
     trained = fit(
         training,
-        lambda total: PictureBatches(images.train.x_NCHW, batch_size, seed, augment, total),
+        lambda total: PictureBatches(images.train, batch_size, seed, augment, total),
         folder,
         hardware,
         "training the tokenizer",
@@ -86,12 +86,13 @@ def train(
 
 def finish(training: TokenizerLearner, images: ImageData, batch_size: int, target: Path) -> None:
     """See to it that every code is used, then save. Done once: a store depends on each bit of what is saved."""
-    unused = training.finish(images.train.x_NCHW, batch_size)
+    unused = training.finish([images.train], batch_size)
     if any(unused):
         print(
             f"codes that no training picture uses, per depth: {unused}: the set has too few distinct patches"
         )
-    training.model.save_pretrained(target)
+    result: Any = training.result
+    result.save_pretrained(target)
 
 
 main = command("vq_train", train, free=("device", "precision", "workers", "checkpoint_minutes"))

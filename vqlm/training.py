@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import lightning as L
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 from vqlm.errors import ConfigError, Interrupted
@@ -74,6 +75,8 @@ class Learner(L.LightningModule):
 
     optimizer: parameters → optimizer, with its base learning rate. clip: largest gradient norm. max_bad_batches: a
     batch whose loss or gradient is not finite is skipped before any weight is updated; so many in a row end the run.
+    average: decay of an exponential moving average of the weights, which is then the `result`; null: the last weights.
+    companions: modules trained beside the model and left out of it (a text encoder that a loss needs, say).
     """
 
     def __init__(
@@ -83,17 +86,24 @@ class Learner(L.LightningModule):
         budget: Budget,
         clip: float = 1.0,
         max_bad_batches: int = 10,
+        average: float | None = None,
+        companions: dict[str, nn.Module] | None = None,
     ):
         super().__init__()
+        if average is not None and not 0 < average < 1:
+            raise ValueError(f"average={average}: a decay between 0 and 1, such as 0.999, or null")
         if clip <= 0 or max_bad_batches < 1:
             raise ValueError(f"clip={clip} must be positive and max_bad_batches={max_bad_batches} at least 1")
         self.automatic_optimization = False
         self.model, self.budget, self.clip, self.max_bad_batches = model, budget, clip, max_bad_batches
+        self.companions = nn.ModuleDict(companions)
+        self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(average)) if average else None
         self.optimizer = optimizer(self.parameter_groups())
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.batches_seen = 0
         self.samples_seen = 0
         self.seconds = 0.0
+        self.rate = 0.0  # factor on the learning rate, 0..1
         self._clock: float | None = None
         self.bad_batches = 0
         self.bad_in_a_row = 0
@@ -106,11 +116,17 @@ class Learner(L.LightningModule):
         raise NotImplementedError
 
     def parameter_groups(self) -> Iterable[Any]:
-        return self.model.parameters()
+        return [p for part in (self.model, self.companions) for p in part.parameters() if p.requires_grad]
 
     def after_step(self) -> dict[str, float]:
         """Called after each good step; returns numbers to log."""
         return {}
+
+    def before_step(self) -> None:
+        """Called before each step: what a bad batch must not change may be remembered here, for `undo_step`."""
+
+    def undo_step(self) -> None:
+        """Called when a batch is skipped, before the next one: forget what its forward pass has changed."""
 
     def extra_state(self) -> dict[str, Tensor]:
         """Tensors beside model and optimizer that a resumed run needs."""
@@ -125,13 +141,18 @@ class Learner(L.LightningModule):
     def progress(self) -> float:
         return self.budget.progress(self.batches_seen, self.seconds)
 
+    @property
+    def result(self) -> nn.Module:
+        """The model to keep: the averaged one where an average is taken (its buffers are the model's own)."""
+        return self.model if self.averaged is None else self.averaged.module
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer
 
     def training_step(self, batch: Any, batch_index: int) -> None:
         if self._clock is None:
             self._clock = time.perf_counter()
-        rate = self.budget.rate(self.batches_seen, self.progress)
+        rate = self.rate = self.budget.rate(self.batches_seen, self.progress)
         for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = base * rate
         self.optimizer.zero_grad(set_to_none=True)
@@ -145,12 +166,16 @@ class Learner(L.LightningModule):
 
     def _step(self, batch: Any) -> dict[str, float]:
         try:
+            self.before_step()
             losses, logs = self.losses(batch)
             total = torch.stack(list(losses.values())).sum()
             if not torch.isfinite(total):
-                raise ArithmeticError(f"loss is {float(total)}: { {k: float(v) for k, v in losses.items()} }")
+                raise ArithmeticError(
+                    f"loss is {float(total.detach())}: { {k: float(v.detach()) for k, v in losses.items()} }"
+                )
             self.manual_backward(total)
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+            norm = nn.utils.clip_grad_norm_(trained, self.clip)
             if not torch.isfinite(norm):
                 raise ArithmeticError(f"gradient norm is {float(norm)}")
         except ArithmeticError as error:
@@ -158,11 +183,14 @@ class Learner(L.LightningModule):
             return {}
         self.optimizer.step()
         self.bad_in_a_row = 0
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
         logs |= {"loss": float(total.detach()), **{k: float(v.detach()) for k, v in losses.items()}}
         return logs | self.after_step()
 
     def _skip(self, error: ArithmeticError) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+        self.undo_step()
         self.bad_batches += 1
         self.bad_in_a_row += 1
         warnings.warn(f"batch {self.batches_seen} skipped, no weight was updated: {error}", stacklevel=2)
@@ -180,6 +208,9 @@ class Learner(L.LightningModule):
         optimizer = self.optimizer.state_dict()
         for index, entries in optimizer["state"].items():
             tensors |= {f"optimizer/{index}/{k}": torch.as_tensor(v) for k, v in entries.items()}
+        tensors |= {f"companions/{k}": v for k, v in self.companions.state_dict().items()}
+        if self.averaged is not None:
+            tensors |= {f"averaged/{k}": v for k, v in self.averaged.state_dict().items()}
         tensors |= {f"extra/{k}": v for k, v in self.extra_state().items()}
         tensors["random/cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
@@ -188,11 +219,15 @@ class Learner(L.LightningModule):
         return tensors, {"counters": counters}
 
     def load_training_state(self, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "extra": {}, "random": {}}
+        names = ("model", "companions", "averaged", "optimizer", "extra", "random")
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in names}
         for key, tensor in tensors.items():
             part, _, name = key.partition("/")
             parts[part][name] = tensor
         self.model.load_state_dict(parts["model"])
+        self.companions.load_state_dict(parts["companions"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(parts["averaged"])
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in parts["optimizer"].items():
             index, _, name = key.partition("/")
@@ -381,10 +416,12 @@ def fit(
     workers: int = 0,
     checkpoint_minutes: float = 3.0,
     identity: dict[str, Any] | None = None,
+    callbacks: Sequence[L.Callback] = (),
 ) -> bool:
     """Train until the budget is used up, from the newest checkpoint in `folder` if there is one.
 
     batches: total → dataset whose item n is batch n of the run. identity: JSON that says what is trained on.
+    callbacks: what else watches the run; they come before ours, so that what they leave in the learner is saved.
     The learner is left on the hardware's device. Returns False if the run had been finished before.
 
     Raises:
@@ -409,7 +446,7 @@ def fit(
         trainer = L.Trainer(
             **hardware.lightning,  # type: ignore[arg-type]
             max_epochs=1,
-            callbacks=[run],
+            callbacks=[*callbacks, run],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

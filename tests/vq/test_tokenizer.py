@@ -7,7 +7,8 @@ import torch
 
 from vq import ImageTokenizer
 from vq.backbones.conv import ConvDecoder, ConvEncoder
-from vq.quantizers import NoQuantizer, ResidualQuantizer
+from vq.quantizers.none import NoQuantizer
+from vq.quantizers.residual import ResidualQuantizer
 from vq.tokenizer import NonFiniteError
 from vqlm.errors import ConfigError
 

@@ -8,3 +8,8 @@ class Backbone(nn.Module):
 
     downsample: int  # f: picture side / grid side
     latent_dim: int  # D: channels of the latent
+
+    @property
+    def last_weight(self) -> nn.Parameter:
+        """The weight of the last layer: adversarial losses are balanced by the gradients that reach it."""
+        raise NotImplementedError

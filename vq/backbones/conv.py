@@ -96,6 +96,10 @@ class ConvDecoder(Backbone):
         layers += [nn.Conv2d(finest, 3 * patch**2, 3, padding=1), nn.PixelShuffle(patch)]
         self.layers = nn.Sequential(*layers)
 
+    @property
+    def last_weight(self) -> nn.Parameter:
+        return self.layers[-2].weight  # type: ignore[return-value]
+
     def forward(self, z_BDhw: Tensor) -> Tensor:
         return self.layers(z_BDhw)
 

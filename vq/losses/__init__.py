@@ -1,4 +1,38 @@
-"""Losses of tokenizer training. Each is called as `loss(x_BCHW, reconstruction)` and returns a weighted scalar.
+"""What a tokenizer is trained for. Each loss is called with a batch and its reconstruction: a weighted scalar returns.
 
 A loss has one name: its key in the configuration, in the logs and in the sum. Dropping its line drops the loss.
+
+    reconstruction.py  pixels against pixels         adversarial.py  a discriminator, watched
+    perceptual.py      features against features     semantic.py     latents against captions
+    codes.py           latents against their codes
 """
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from vq.batches import PictureBatch
+from vq.tokenizer import ImageTokenizer, Reconstruction
+
+
+class Loss(Protocol):
+    """What the learner calls. A loss that is an `nn.Module` is trained, moved and saved with the run."""
+
+    def check(self, tokenizer: ImageTokenizer) -> None:
+        """ConfigError if the loss cannot work with this tokenizer. Called before data is read."""
+
+    def __call__(self, batch: PictureBatch, made: Reconstruction) -> Tensor: ...
+
+
+class Weighted:
+    """A loss with a positive weight."""
+
+    def __init__(self, weight: float = 1.0):
+        if weight <= 0:
+            raise ValueError(f"weight={weight} must be positive; to drop a loss, drop its line")
+        self.weight = weight
+
+    def check(self, tokenizer: ImageTokenizer) -> None:
+        """ConfigError if the loss cannot work with this tokenizer. Called before data is read."""
