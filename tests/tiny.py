@@ -1,6 +1,8 @@
 """Tiny models and pictures that tests share: random weights, made drawings, seconds at most."""
 
 import json
+import os
+import signal
 
 
 def make_tokenizer(seed=0):
@@ -109,3 +111,58 @@ def make_plain_llama(folder):
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def quantizer_files():
+    """Name → what each file of conf/quantizer sets, its `defaults` merged in: tokenizer.quantizer, learner.losses."""
+    from omegaconf import OmegaConf
+
+    from vqlm.command import CONF
+
+    def load(name):
+        own = OmegaConf.load(CONF / "quantizer" / f"{name}.yaml")
+        parts = [own if base == "_self_" else load(base) for base in own.pop("defaults", ["_self_"])]
+        return OmegaConf.merge(*parts)
+
+    return {
+        path.stem: OmegaConf.to_container(load(path.stem))
+        for path in sorted((CONF / "quantizer").glob("*.yaml"))
+    }
+
+
+def small_quantizers():
+    """Name → node of each quantizer that ships, with a latent of 8 numbers and, where that is a setting, 16 codes."""
+    nodes = {name: file["tokenizer"]["quantizer"] for name, file in quantizer_files().items()}
+    small = {"dim": 8, "codebook_size": 16}
+    return {name: node | {k: v for k, v in small.items() if k in node} for name, node in nodes.items()}
+
+
+def make_quantizer(node, seed=0):
+    """A quantizer from its node, with random weights that tell codes apart (new codebooks may be all but zero)."""
+    import torch
+
+    from vq.quantizers import CodebookQuantizer
+    from vqlm.schema import build
+
+    torch.manual_seed(seed)
+    quantizer = build(node)
+    if isinstance(quantizer, CodebookQuantizer):
+        for book in range(quantizer.books):
+            K, width = quantizer.codebook(book).shape
+            quantizer.replace_codes(book, torch.arange(K), torch.randn(K, width))
+    return quantizer
+
+
+class Terminated:
+    """A run's batches; SIGTERM comes while batch `at` is read."""
+
+    def __init__(self, batches, at):
+        self.batches, self.at = batches, at
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, n):
+        if n == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return self.batches[n]

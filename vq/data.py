@@ -1,6 +1,10 @@
 """Captioned pictures: where they come from, and all of a set decoded once into memory.
 
-    OpenMoji | ImageFolder | HubImages --pictures()--> Picture ... --ImageData.setup()--> train, heldout: PictureSet
+    OpenMoji | ImageFolder | HubImages --pictures()--> Picture ... --ImageData.setup()--> PictureSet of each shape
+
+Pictures may have several shapes: `aspects` lists proportions (width/height), `size` fixes the area, and each
+picture takes the shape that is nearest to its own. A shape's sides are multiples of `ImageData.multiple`, which
+whoever knows the tokenizer sets to its downsampling before `setup()`.
 
 A picture that cannot be used is counted under a reason and listed; the rest goes on. Held-out pictures are
 chosen by *concept* (what is drawn), never by picture: a twin of a held-out picture, in another skin tone or
@@ -9,12 +13,13 @@ under the same caption, is held out with it.
 It does not know how a file is decoded (vq/images.py), how batches are drawn or changed (vq/batches.py), or what
 is trained on them.
 
-Shape suffixes: N = pictures, C = 3 channels, H, W = height and width (both the target size).
+Shape suffixes: N = pictures, C = 3 channels, H, W = height and width.
 """
 
 import csv
 import hashlib
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -62,7 +67,7 @@ class Source(Protocol):
         """All pictures, in an order that does not change between calls.
 
         Args:
-            size: the side they will be reduced to; for sources that draw at a size of their choice.
+            size: the longest side they will be reduced to; for sources that draw at a size of their choice.
         """
         ...
 
@@ -484,10 +489,10 @@ class HubImages:
 
 @dataclass(frozen=True)
 class PictureSet:
-    """Decoded pictures, all of one size.
+    """Decoded pictures, all of one shape.
 
     Attributes:
-        x_NCHW: uint8 in 0..255 (`vq.images.from_bytes` gives [-1, 1]), (N, 3, size, size).
+        x_NCHW: uint8 in 0..255 (`vq.images.from_bytes` gives [-1, 1]), (N, 3, H, W).
         ids, captions, concepts: one string for each.
     """
 
@@ -510,23 +515,54 @@ class PictureSet:
         )
 
 
+def bucket_shape(size: int, aspect: float, multiple: int = 1) -> tuple[int, int]:
+    """(height, width) of about `size`² pixels with width/height near `aspect`, both multiples of `multiple`.
+
+    Of the multiples below and above the exact sides, the pair whose proportions and area are off by the least
+    (both as ratios, the two added). An aspect of 1 gives (size, size) where `multiple` divides `size`.
+    """
+
+    def around(side: float) -> tuple[int, int]:
+        below = max(1, math.floor(side / multiple + 1e-9))
+        return below * multiple, (below + 1) * multiple
+
+    def off(shape: tuple[int, int]) -> float:
+        high, wide = shape
+        return abs(math.log(wide / high / aspect)) + abs(math.log(high * wide / size**2))
+
+    heights, widths = around(size / math.sqrt(aspect)), around(size * math.sqrt(aspect))
+    return min(((high, wide) for high in heights for wide in widths), key=off)
+
+
+THREADS = min(8, os.cpu_count() or 1)  # that decode pictures
+
+
 class ImageData(L.LightningDataModule):
-    """A source's pictures, each decoded once, split by concept into `train` and `heldout`.
+    """A source's pictures, each decoded once, split by concept into a training and a held-out part.
 
     A concept is held out where the first 64 bits of sha256("seed:concept"), as a fraction of 2^64, are below
     `holdout`: pictures that are added later never move the others.
 
     Args:
         source: OpenMoji, ImageFolder, HubImages, or anything with their two members.
-        size: side of the square that every picture becomes; None: set it before `setup`, as the commands that read a
-            tokenizer do.
+        size: side of the square whose area every picture is given; None: set it before `setup`, as the commands that
+            read a tokenizer do.
+        aspects: proportions (width/height) that pictures may take: [1.0] makes all of them squares, [0.75, 1.0, 1.5]
+            gives three shapes of about size² pixels. A picture takes the shape whose proportions are nearest to its
+            own (by the ratio), is scaled until it covers it and loses what stands out on two sides (`fit`: or is
+            padded). Shapes that coincide after rounding to `multiple` are one.
         holdout: share of the concepts to hold out, in [0, 1).
         seed: draws another held-out share.
-        fit: "crop" keeps the middle square, "pad" keeps everything and fills up with white.
+        fit: "crop" keeps the middle, "pad" keeps everything and fills up with white.
         max_bad_fraction: stop where more than this share of the pictures is rejected.
 
     Attributes:
-        train, heldout: PictureSet, after `setup()`.
+        multiple: what both sides of every shape are multiples of: the tokenizer's downsampling. 1 until it is set,
+            as `size` is, before `setup()`.
+        shapes: (height, width) of each shape, in the order of `aspects`. Reads no data.
+        shape: the only one; ConfigError where there are several.
+        train_sets, heldout_sets: after `setup()`, a PictureSet for each shape that has pictures.
+        train, heldout: after `setup()`, the PictureSet of the only shape; ConfigError where there are several.
         rejects: dicts of id, reason, detail, after `setup()`.
 
     Raises:
@@ -537,6 +573,7 @@ class ImageData(L.LightningDataModule):
         self,
         source: Source,
         size: int | None,
+        aspects: Sequence[float] = (1.0,),
         holdout: float = 0.05,
         seed: int = 0,
         fit: Literal["crop", "pad"] = "crop",
@@ -545,6 +582,10 @@ class ImageData(L.LightningDataModule):
         super().__init__()
         if size is not None and size < 1:
             raise ConfigError(f"size={size}: at least 1 pixel")
+        if not aspects or not all(0.1 <= each <= 10 for each in aspects):
+            raise ConfigError(
+                f"aspects={list(aspects)}: give at least one width/height from 0.1 to 10, such as [1.0]"
+            )
         if not 0 <= holdout < 1:
             raise ConfigError(f"holdout={holdout}: a share from 0 to below 1, such as 0.05")
         if not 0 <= max_bad_fraction <= 1:
@@ -552,23 +593,55 @@ class ImageData(L.LightningDataModule):
         if fit not in ("crop", "pad"):
             raise ConfigError(f"fit={fit!r}: 'crop' or 'pad'{nearest(str(fit), ['crop', 'pad'])}")
         self.source, self.size, self.holdout, self.seed = source, size, holdout, seed
+        self.aspects, self.multiple = [float(each) for each in aspects], 1
         self.fit: Literal["crop", "pad"] = fit
         self.max_bad_fraction = max_bad_fraction
         self.rejects: list[dict[str, str]] = []
-        self._sets: tuple[PictureSet, PictureSet] | None = None
+        self._sets: tuple[list[PictureSet], list[PictureSet]] | None = (
+            None  # one for each shape, in their order
+        )
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        if self.size is None:
+            raise ConfigError("images.size is null: give a number of pixels")
+        size = self.size
+        return list(dict.fromkeys(bucket_shape(size, aspect, self.multiple) for aspect in self.aspects))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        if len(self.shapes) > 1:
+            told = ", ".join(f"{high}x{wide}" for high, wide in self.shapes)
+            raise ConfigError(
+                f"images.aspects={self.aspects} gives pictures of {len(self.shapes)} shapes ({told} px) where one is "
+                "needed: give one aspect, such as images.aspects=[1.0]"
+            )
+        return self.shapes[0]
+
+    @property
+    def train_sets(self) -> list[PictureSet]:
+        return [each for each in self._decoded(0) if len(each)]
+
+    @property
+    def heldout_sets(self) -> list[PictureSet]:
+        return [each for each in self._decoded(1) if len(each)]
 
     @property
     def train(self) -> PictureSet:
-        return self._set(0)
+        return self._only(0)
 
     @property
     def heldout(self) -> PictureSet:
-        return self._set(1)
+        return self._only(1)
 
-    def _set(self, which: int) -> PictureSet:
+    def _only(self, part: int) -> PictureSet:
+        sets = self._decoded(part)
+        return sets[self.shapes.index(self.shape)]
+
+    def _decoded(self, part: int) -> list[PictureSet]:
         if self._sets is None:
             raise RuntimeError("call setup() first: it decodes the pictures")
-        return self._sets[which]
+        return self._sets[part]
 
     def setup(self, stage: str | None = None) -> None:
         """Decode everything, once; further calls do nothing.
@@ -578,74 +651,116 @@ class ImageData(L.LightningDataModule):
         """
         if self._sets is not None:
             return
-        if self.size is None:
-            raise ConfigError("images.size is null: give a number of pixels")
-        pictures = self.source.pictures(self.size)
-        _check_ids(pictures)
-        parts: list[list[Picture]] = [[], []]
-        for picture in pictures:
-            parts[_share(self.seed, picture.concept) < self.holdout].append(picture)
+        parts = self.candidates()
         self.rejects = []
-        with progress.bar(len(pictures), "reading pictures", "pictures") as bar:
-            train, heldout = (self._decode_all(part, self.size, bar) for part in parts)
-        self._check_yield(len(pictures), len(train))
+        total = sum(len(part) for part in parts)
+        with progress.bar(total, "reading pictures", "pictures") as bar:
+            train, heldout = (self._decode_all(part, bar) for part in parts)
+        self._check_yield(total, sum(len(each) for each in train))
         self._sets = train, heldout
 
-    def _decode_all(self, pictures: list[Picture], size: int, bar: Any) -> PictureSet:
-        """In order, into one tensor; rejected pictures leave no gap."""
-        x_NCHW = torch.empty(len(pictures), 3, size, size, dtype=torch.uint8)
-        good: list[Picture] = []
-        for picture, result in zip(pictures, _in_threads(self._decode, pictures), strict=True):
+    def candidates(self) -> tuple[list[Picture], list[Picture]]:
+        """What the source has, not yet decoded: to train on, and held out.
+
+        Raises:
+            ConfigError: an id given twice, or what the source refuses.
+        """
+        pictures = self.source.pictures(max(side for shape in self.shapes for side in shape))
+        _check_ids(pictures)
+        parts: tuple[list[Picture], list[Picture]] = ([], [])
+        for picture in pictures:
+            parts[_share(self.seed, picture.concept) < self.holdout].append(picture)
+        return parts
+
+    def _decode_all(self, pictures: list[Picture], bar: Any) -> list[PictureSet]:
+        """In order, one set for each shape; rejected pictures leave no gap."""
+        shelves = {shape: _Shelf(len(pictures), shape) for shape in self.shapes}
+        for picture, result in zip(pictures, _in_threads(self.decode, pictures), strict=True):
             if isinstance(result, Reject):
                 self.rejects.append({"id": picture.id, "reason": result.reason, "detail": result.detail})
             else:
-                x_NCHW[len(good)] = result
-                good.append(picture)
+                _, high, wide = result.shape
+                shelves[high, wide].add(picture, result)
             bar.update()
-        return PictureSet(
-            x_NCHW[: len(good)],
-            [picture.id for picture in good],
-            [picture.caption for picture in good],
-            [picture.concept for picture in good],
-        )
+        return [shelf.pictures() for shelf in shelves.values()]
 
-    def _decode(self, picture: Picture) -> Tensor | Reject:
+    def decode(self, picture: Picture) -> Tensor | Reject:
+        """x_CHW uint8 in 0..255, in the nearest of the shapes."""
         try:
-            return picture_bytes(picture.load(), self.size, self.fit)
+            image = picture.load()
+            return picture_bytes(image, nearest_shape(self.shapes, *image.size), self.fit)
         except Reject as reject:
             return reject
 
     def _check_yield(self, total: int, trainable: int) -> None:
-        bad = len(self.rejects)
-        if bad > self.max_bad_fraction * total:
-            raise ConfigError(
-                f"{bad} of {total} pictures of {self.source.name} cannot be used ({self._reasons()}); "
-                f"max_bad_fraction={self.max_bad_fraction} allows {int(self.max_bad_fraction * total)}"
-            )
+        reasons = Counter(reject["reason"] for reject in self.rejects)
+        self.check_rejects(reasons, total)
         if not trainable:
-            why = f"{self._reasons() or 'no rejects'}; holdout={self.holdout} held out the rest"
+            why = f"{_told(reasons) or 'no rejects'}; holdout={self.holdout} held out the rest"
             raise ConfigError(f"no picture of {self.source.name} is left to train on ({why})")
 
-    def _reasons(self) -> str:
-        counts = Counter(reject["reason"] for reject in self.rejects)
-        return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+    def check_rejects(self, reasons: Counter[str], total: int) -> None:
+        """ConfigError if more of `total` pictures were rejected than `max_bad_fraction` allows."""
+        if reasons.total() > self.max_bad_fraction * total:
+            raise ConfigError(
+                f"{reasons.total()} of {total} pictures of {self.source.name} cannot be used ({_told(reasons)}); "
+                f"max_bad_fraction={self.max_bad_fraction} allows {int(self.max_bad_fraction * total)}"
+            )
 
     @property
     def digest(self) -> str:
-        """16 hex digits over ids and pixels of the training pictures: another set has another one."""
-        told = hashlib.sha256("\n".join(self.train.ids).encode())
-        for x_BCHW in self.train.x_NCHW.split(1024):
-            told.update(x_BCHW.contiguous().numpy().data)
+        """16 hex digits over ids, shapes and pixels of the training pictures: another set has another one."""
+        told = hashlib.sha256()
+        for pictures in self.train_sets:
+            told.update(repr((tuple(pictures.x_NCHW.shape), pictures.ids)).encode())
+            for x_BCHW in pictures.x_NCHW.split(1024):
+                told.update(x_BCHW.contiguous().numpy().data)
         return told.hexdigest()[:16]
 
     def report(self) -> str:
         """One line: how many pictures and concepts there are in each part, how many were rejected and why."""
-        parts = [
-            f"{len(part):,} {what} pictures of {len(set(part.concepts)):,} concepts"
-            for part, what in ((self.train, "training"), (self.heldout, "held-out"))
-        ]
-        rejected = f"{len(self.rejects):,} rejected" + (f" ({self._reasons()})" if self.rejects else "")
+        parts = []
+        for sets, what in ((self.train_sets, "training"), (self.heldout_sets, "held-out")):
+            count, concepts = sum(map(len, sets)), {each for part in sets for each in part.concepts}
+            shapes = ", ".join("{2}x{3} px: {0:,}".format(*each.x_NCHW.shape) for each in sets)
+            shapes = f" ({shapes})" if len(self.shapes) > 1 and sets else ""
+            parts.append(f"{count:,} {what} pictures{shapes} of {len(concepts):,} concepts")
+        reasons = Counter(reject["reason"] for reject in self.rejects)
+        rejected = f"{len(self.rejects):,} rejected" + (f" ({_told(reasons)})" if reasons else "")
         return f"{self.source.name}: {', '.join(parts)}, {rejected}"
+
+
+def nearest_shape(shapes: Sequence[tuple[int, int]], width: int, height: int) -> tuple[int, int]:
+    """The (height, width) whose proportions are nearest to a picture's; of two that are equally near, the first."""
+    return min(shapes, key=lambda shape: abs(math.log(shape[1] / shape[0]) - math.log(width / height)))
+
+
+class _Shelf:
+    """Room for decoded pictures of one shape, filled one after another."""
+
+    def __init__(self, room: int, shape: tuple[int, int]) -> None:
+        # Memory that is never written to is never taken: each shelf may have room for all.
+        self.x_NCHW = torch.empty(room, 3, *shape, dtype=torch.uint8)
+        self.kept: list[Picture] = []
+
+    def add(self, picture: Picture, x_CHW: Tensor) -> None:
+        self.x_NCHW[len(self.kept)] = x_CHW
+        self.kept.append(picture)
+
+    def pictures(self) -> PictureSet:
+        x_NCHW = self.x_NCHW[: len(self.kept)]
+        if len(self.kept) < len(self.x_NCHW) / 2:
+            x_NCHW = x_NCHW.clone()  # the empty rest must not travel with it to other processes
+        return PictureSet(
+            x_NCHW,
+            [picture.id for picture in self.kept],
+            [picture.caption for picture in self.kept],
+            [picture.concept for picture in self.kept],
+        )
+
+
+def _told(reasons: Counter[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
 
 
 def _check_ids(pictures: list[Picture]) -> None:
@@ -662,6 +777,6 @@ def _share(seed: int, concept: str) -> float:
 
 def _in_threads(work: Callable, items: list[Picture], batch: int = 256) -> Iterator:
     """`map` on threads, in order; few results wait at a time. Decoding and resizing let other threads run."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, len(items), batch):
             yield from pool.map(work, items[start : start + batch])

@@ -1,51 +1,65 @@
 """Command `vq-evaluate`: how well a tokenizer reconstructs pictures, and how it uses its codes.
 
     vq-evaluate tokenizer=runs/tokenizer/tokenizer images=folder images.source.path=DIR
+    vq-evaluate tokenizer=… extra=[features]    feature distances too (pip install "vqlm[features]")
+    vq-evaluate tokenizer=… extra=[lpips,rfid] weights.lpips_backbone=FILE weights.inception=FILE
 
-Leaves metrics.json, reconstructions.png and code_use.png in `out`. `vq-train` ends with the same functions.
-Everything is computed in fp32, as stores are written, whatever precision training used.
+Leaves metrics.json, reconstructions.png and code_use.png in `out` (the last one not for a continuous tokenizer, which
+has no codes). `vq-train` ends with the same functions. Everything is computed in fp32, as stores are written, whatever
+precision training used. How a number comes about is not known here: vq/measure.py, vq/metrics.py.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vq.data import ImageData, PictureSet
-from vq.images import contact_sheet, from_bytes, to_image
-from vq.metrics import CodeUse, frechet_wavelet_distance, psnr, ssim, wavelet_level
+from vq.images import contact_sheet, to_image
+from vq.measure import Examples, Extra, ExtraWeights, MakeMeter, extra_meters, measure
 from vq.plots import plot_code_use
 from vq.tokenizer import ImageTokenizer
 from vqlm.command import command
 from vqlm.errors import ConfigError
 from vqlm.files import write_json
 from vqlm.hardware import Device, detect
-from vqlm.progress import bar
-
-SMALLEST_FOR_SSIM = 11
 
 
-def evaluate(tokenizer: str, images: ImageData, out: str, batch_size: int, device: Device) -> None:
+def evaluate(
+    tokenizer: str,
+    images: ImageData,
+    out: str,
+    batch_size: int,
+    extra: list[Extra],
+    weights: ExtraWeights,
+    device: Device,
+) -> None:
     """Measure a saved tokenizer on pictures."""
-    model = ImageTokenizer.from_pretrained(tokenizer).to(detect(device, "fp32").device)
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size}: must be at least 1")
+    where = detect(device, "fp32").device
+    extras = extra_meters(extra, weights, where)
+    model = ImageTokenizer.from_pretrained(tokenizer).to(where)
     settle_size(images, model)
     images.setup()
     print(images.report())
-    report(model, images, Path(out), batch_size)
+    report(model, images, Path(out), batch_size, extras=extras)
 
 
 def settle_size(images: ImageData, tokenizer: ImageTokenizer) -> None:
-    """The pictures' side: the tokenizer's own where none was given. ConfigError if the downsampling does not divide it.
+    """The pictures' side: the tokenizer's own where none was given, and what every shape must be a multiple of.
+    ConfigError if the downsampling does not divide the side.
 
     Called before data is read.
     """
     if images.size is None:
         images.size = tokenizer.image_size
-    f = tokenizer.downsample
+    f = images.multiple = tokenizer.downsample
     if images.size % f:
         nearest_size = max(f, round(images.size / f) * f)
         raise ConfigError(
@@ -54,90 +68,103 @@ def settle_size(images: ImageData, tokenizer: ImageTokenizer) -> None:
 
 
 def report(
-    tokenizer: ImageTokenizer, images: ImageData, out: Path, batch_size: int, extra: Any = None
+    tokenizer: ImageTokenizer,
+    images: ImageData,
+    out: Path,
+    batch_size: int,
+    about: dict[str, Any] | None = None,
+    extras: Sequence[MakeMeter] = (),
 ) -> dict[str, Any]:
-    """Measure both splits; write metrics.json and the pictures; print a table. Returns the metrics."""
-    metrics: dict[str, Any] = dict(extra or {})
-    metrics |= {"fingerprint": tokenizer.fingerprint, "codebook_size": tokenizer.codebook_size}
-    metrics |= {"depth": tokenizer.depth, "downsample": tokenizer.downsample, "image_size": images.size}
-    metrics["data"] = {"source": images.source.name, "rejects": len(images.rejects)}
-    shown, counts = [], {}
-    for split, pictures in (("train", images.train), ("heldout", images.heldout)):
-        if not len(pictures):
+    """Measure both splits; write metrics.json (which begins with `about`) and the pictures; print a table. Returns the
+    metrics."""
+    metrics: dict[str, Any] = {
+        **(about or {}),
+        "torch": torch.__version__,
+        "fingerprint": tokenizer.fingerprint,
+    }
+    metrics |= {"codebook_size": tokenizer.codebook_size, "depth": tokenizer.depth}
+    metrics |= {"downsample": tokenizer.downsample, "image_size": images.size, "data": _origin(images)}
+    shown: list[tuple[str, Examples]] = []
+    counts: dict[str, Tensor] = {}
+    for split, sets in (("train", images.train_sets), ("heldout", images.heldout_sets)):
+        if not sets:
             print(f"no {split} pictures: not measured")
             continue
-        metrics[split], rebuilt, counts[split] = measure(tokenizer, pictures, batch_size, split)
-        shown.append((split, pictures, rebuilt))
+        metrics[split], examples, counts_QK = measure(tokenizer, sets, batch_size, extras, split)
+        shown.append((split, examples))
+        if counts_QK is not None:
+            counts[split] = counts_QK
     write_json(out / "metrics.json", metrics)
     reconstruction_sheet(shown).save(out / "reconstructions.png")
-    plot_code_use(counts, out / "code_use.png")
+    if counts:
+        plot_code_use(counts, out / "code_use.png")
     print(table(metrics))
     return metrics
 
 
-def measure(
-    tokenizer: ImageTokenizer, pictures: PictureSet, batch_size: int, label: str = "pictures"
-) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """Metrics of one set, its reconstructions uint8 (N,3,H,W), and counts of codes (Q,K)."""
-    use = CodeUse(tokenizer.depth, tokenizer.codebook_size)
-    device = next(tokenizer.parameters()).device
-    rebuilt = []
-    with bar(len(pictures), f"measuring {label} pictures", "pictures") as shown:
-        for x in pictures.x_NCHW.split(batch_size):
-            codes = tokenizer.encode(from_bytes(x).to(device))
-            use.update(codes.cpu())
-            rebuilt.append(tokenizer.decode(codes).cpu())
-            shown.update(len(x))
-    made, real = torch.cat(rebuilt), from_bytes(pictures.x_NCHW)
-    metrics: dict[str, Any] = {"pictures": len(pictures), "psnr": finite(psnr(real, made))}
-    metrics["ssim"] = ssim(real, made) if min(real.shape[2:]) >= SMALLEST_FOR_SSIM else None
-    if len(pictures) > 1 and not real.shape[2] % 2 and not real.shape[3] % 2:
-        metrics["fwd"] = finite(frechet_wavelet_distance(real, made))
-        metrics["fwd_level"] = wavelet_level(*real.shape[2:])
-    result = use.result()
-    metrics |= {
-        "codes_used": result["used"],
-        "codes_dead": result["dead"],
-        "perplexity": result["perplexity"],
+def _origin(images: ImageData) -> dict[str, Any]:
+    """What a number depends on beside the tokenizer: which pictures, how split, how made to fit."""
+    settings = {name: getattr(images, name) for name in ("seed", "holdout", "size", "fit", "aspects")}
+    splits = {"train": images.train_sets, "heldout": images.heldout_sets}
+    shapes = {split: {_shape(each): len(each) for each in sets} for split, sets in splits.items()}
+    return {
+        "source": images.source.name,
+        "rejects": len(images.rejects),
+        **settings,
+        "pictures": {split: sum(of_shape.values()) for split, of_shape in shapes.items()},
+        "shapes": shapes,
     }
-    return metrics, made, use.counts_QK
 
 
-def finite(value: float) -> float | None:
-    """A number that JSON can hold: None for infinity (identical pictures)."""
-    return value if math.isfinite(value) else None
+def _shape(pictures: PictureSet) -> str:
+    return "{2}x{3}".format(*pictures.x_NCHW.shape)
 
 
-def reconstruction_sheet(shown: list[tuple[str, PictureSet, Tensor]], count: int = 10):
-    """Originals above reconstructions, spread evenly over each split; the label says which and names the picture."""
+def reconstruction_sheet(shown: list[tuple[str, Examples]], columns: int = 10) -> Image.Image:
+    """Originals above reconstructions; the label says which split and names the picture."""
     rows, labels = [], []
-    for split, pictures, made in shown[::-1]:
-        chosen = [int(i) for i in torch.linspace(0, len(pictures) - 1, min(2 * count, len(pictures)))]
-        for part in (chosen[:count], chosen[count:]):
-            if part:
-                rows += [
-                    [to_image(from_bytes(pictures.x_NCHW[i])) for i in part],
-                    [to_image(made[i]) for i in part],
-                ]
-                captions = [pictures.captions[i] or pictures.ids[i] for i in part]
-                labels += [[f"{split}: {caption}" for caption in captions], ["reconstructed"] * len(part)]
+    for split, examples in shown[::-1]:
+        for start in range(0, len(examples.pairs), columns):
+            part = examples.pairs[start : start + columns]
+            rows += [[to_image(real) for real, _, _ in part], [to_image(made) for _, made, _ in part]]
+            labels += [[f"{split}: {name}" for _, _, name in part], ["reconstructed"] * len(part)]
     return contact_sheet(rows, labels)
+
+
+COLUMNS = (
+    ("psnr", "PSNR dB", 2),
+    ("ssim", "SSIM", 3),
+    ("ms_ssim", "MS-SSIM", 3),
+    ("fwd", "FWD", 3),
+    ("bits", "bits", 0),
+)
 
 
 def table(metrics: dict[str, Any]) -> str:
     """The numbers of metrics.json that a person reads first."""
-    lines = [f"{'':10}{'pictures':>9}{'PSNR dB':>9}{'SSIM':>8}{'FWD':>9}  codes used per depth  perplexity"]
+    head = "".join(f"{title:>9}" for _, title, _ in COLUMNS)
+    lines = [f"{'':10}{'pictures':>9}{head}  codes used per depth  perplexity"]
     for split in ("train", "heldout"):
         if split in metrics:
             m = metrics[split]
-            used = " ".join(f"{round(share * metrics['codebook_size'])}" for share in m["codes_used"])
-            perplexity = " ".join(f"{p:.0f}" for p in m["perplexity"])
-            numbers = [f"{m['pictures']:>9}"]
-            for name, width, digits in (("psnr", 9, 2), ("ssim", 8, 3), ("fwd", 9, 3)):
-                value = m.get(name)
-                numbers.append(f"{value:>{width}.{digits}f}" if value is not None else f"{'-':>{width}}")
-            lines.append(f"{split:10}{''.join(numbers)}  {used} of {metrics['codebook_size']}  {perplexity}")
+            numbers = "".join(_number(m.get(name), digits) for name, _, digits in COLUMNS)
+            lines.append(f"{split:10}{m['pictures']:>9}{numbers}  {_codes(m, metrics['codebook_size'])}")
+    for split in ("train", "heldout"):
+        for name in metrics.get(split, {}):
+            if name == "rfid" or name.endswith(("_kernel", "_frechet")) or name.startswith("lpips"):
+                lines.append(f"{split:10}{name}: {_number(metrics[split][name], 5).strip()}")
     return "\n".join(lines)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return f"{'-':>9}" if value is None else f"{value:>9.{digits}f}"
+
+
+def _codes(measured: dict[str, Any], codebook_size: int) -> str:
+    if "codes_used" not in measured:
+        return "continuous: no codes"
+    used = " ".join(f"{round(share * codebook_size)}" for share in measured["codes_used"])
+    return f"{used} of {codebook_size}  {' '.join(f'{p:.0f}' for p in measured['perplexity'])}"
 
 
 main = command("vq_evaluate", evaluate)

@@ -376,32 +376,40 @@ def _srgb() -> ImageCms.ImageCmsProfile:
 # --------------------------------------------------------------------------- picture <-> pixels
 
 
-def fit_square(
-    image: Image.Image, size: int, fit: Literal["crop", "pad"] = "crop", background: str = "white"
-) -> Image.Image:
-    """A size x size version of an RGB picture of any shape, antialiased (Lanczos).
+Size = int | tuple[int, int]  # the side of a square, or (height, width)
 
-    `crop` keeps the largest square in the middle and drops the rest; `pad` keeps everything and fills the two
-    sides with the background. Smaller pictures are enlarged. A 1x4000 strip is legal: `crop` leaves its
-    middle pixel, `pad` a line one pixel wide.
+
+def fit_shape(
+    image: Image.Image, size: Size, fit: Literal["crop", "pad"] = "crop", background: str = "white"
+) -> Image.Image:
+    """An RGB picture of any shape as one of the given shape, antialiased (Lanczos).
+
+    `crop` keeps the largest part in the middle that has the wanted proportions and drops the rest; `pad` keeps
+    everything and fills two sides with the background. Smaller pictures are enlarged. A 1x4000 strip is legal:
+    cropped to a square it leaves its middle pixel, padded a line one pixel wide.
+
+    Args:
+        size: side of a square, or (height, width).
 
     Raises:
-        ValueError: another `fit`, or a size below 1.
+        ValueError: another `fit`, or a side below 1.
     """
-    if size < 1:
+    high, wide = (size, size) if isinstance(size, int) else size
+    if min(high, wide) < 1:
         raise ValueError(f"size must be at least 1, not {size}")
     width, height = image.size
     if fit == "crop":
         # The box goes to resize as it is: scaling first would blow a long strip up to gigabytes.
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        return _resize(image, (size, size), (left, top, left + side, top + side))
+        taken_w = width if width * high <= height * wide else height * wide / high
+        taken_h = height if width * high >= height * wide else width * high / wide
+        left, top = (width - taken_w) / 2, (height - taken_h) / 2
+        return _resize(image, (wide, high), (left, top, left + taken_w, top + taken_h))
     if fit != "pad":
         raise ValueError(f"fit must be 'crop' or 'pad', not {fit!r}")
-    scale = size / max(width, height)
+    scale = min(wide / width, high / height)
     inner = (max(1, round(width * scale)), max(1, round(height * scale)))
-    corner = ((size - inner[0]) // 2, (size - inner[1]) // 2)
-    canvas = Image.new("RGB", (size, size), background)
+    corner = ((wide - inner[0]) // 2, (high - inner[1]) // 2)
+    canvas = Image.new("RGB", (wide, high), background)
     canvas.paste(_resize(image, inner, (0, 0, width, height)), corner)
     return canvas
 
@@ -415,14 +423,14 @@ def _resize(image: Image.Image, size: tuple[int, int], box: tuple[float, float, 
 
 def to_pixels(
     image: Image.Image,
-    size: int | None = None,
+    size: Size | None = None,
     fit: Literal["crop", "pad"] = "crop",
     background: str = "white",
 ) -> Tensor:
     """A picture of any mode as numbers; `to_image` is the way back.
 
     Args:
-        size: side of the square to make (see `fit_square`); None keeps the picture's own shape.
+        size: side of the square to make, or (height, width): see `fit_shape`; None keeps the picture's own shape.
 
     Returns:
         x_CHW, float32 in [-1, 1], C = 3.
@@ -432,14 +440,14 @@ def to_pixels(
 
 def picture_bytes(
     image: Image.Image,
-    size: int | None = None,
+    size: Size | None = None,
     fit: Literal["crop", "pad"] = "crop",
     background: str = "white",
 ) -> Tensor:
     """As `to_pixels`, but uint8 in 0..255, (3, H, W): the form in which pictures are kept in memory."""
     picture = to_rgb(image, background)
     if size is not None:
-        picture = fit_square(picture, size, fit, background)
+        picture = fit_shape(picture, size, fit, background)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 

@@ -46,6 +46,8 @@ class TokenizerLearner(Learner):
             raise ValueError(f"continuous={continuous}: a share of the run from 0 to below 1")
         for term in losses.values():
             term.check(tokenizer)
+        adversary = adversary or NoAdversary()
+        adversary.check(tokenizer)
         companions: dict[str, nn.Module] = {
             name: term for name, term in losses.items() if isinstance(term, nn.Module)
         }
@@ -53,7 +55,7 @@ class TokenizerLearner(Learner):
             channels_last(tokenizer), optimizer, budget, clip, max_bad_batches, average, companions
         )
         self.terms, self.reset, self.continuous = losses, reset, continuous
-        self.adversary = adversary or NoAdversary()
+        self.adversary = adversary
         self._last: tuple[PictureBatch, Reconstruction] | None = None  # of the forward pass, for `after_step`
         self._buffers: dict[str, Tensor] = {}
 

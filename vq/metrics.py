@@ -1,15 +1,21 @@
 """How good reconstructions are, and how well codes are used: one function each, for training and evaluation alike.
 
-Pictures are compared as they are, without weights from elsewhere: PSNR, SSIM and the Fréchet Wavelet Distance.
-This file knows neither tokenizers nor files: only pictures, and grids of integers.
+    psnr, ssim, ms_ssim                    pictures in pairs
+    frechet_wavelet_distance               two sets of pictures, without weights from elsewhere
+    kernel_distance, frechet_distance      two sets of feature vectors, from whatever network
+    CodeUse, grid_bits, entropy_bits       codes
+
+This file knows neither tokenizers, feature networks nor files: only pictures, vectors, and grids of integers.
 
 Shapes: B pictures, C = 3 channels, H W pixels, h w grid, Q codes per cell (depth), K codes in the book;
-N, M pictures of two sets, D numbers in a flattened wavelet packet.
+N, M members of two sets, D numbers in a flattened wavelet packet or feature vector, P packets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +23,7 @@ from torch import Tensor
 CHUNK = 64  # pictures worked on at once: bounds the temporary memory of SSIM and of the first wavelet step
 RANGE_TOLERANCE = 1e-4  # float32 rounding passes, an un-clamped decoder or a [0, 255] picture does not
 SSIM_WINDOW = 11
+MS_SSIM_SIDE = 16 * SSIM_WINDOW  # the window must fit after four halvings
 SMALLEST_PACKET = 4  # sides of a wavelet packet at the default level, where the picture allows it
 DEEPEST_LEVEL = 4
 
@@ -41,45 +48,135 @@ def ssim(a: Tensor, b: Tensor) -> float:
     window for each pixel, mirrored at the border (the authors' own script takes inner windows only).
     ValueError as `psnr`, and on smaller pictures.
     """
-    _check_pair(a, b)
-    if min(a.shape[-2:]) < SSIM_WINDOW:
-        raise ValueError(f"ssim needs sides of at least {SSIM_WINDOW} pixels (its window), got {_size(a)}")
     # Imported here: torchmetrics brings transformers along, two seconds that PSNR and FWD need not wait for.
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    values = []
-    for p, q in zip(a.split(CHUNK), b.split(CHUNK), strict=True):
-        value_B = structural_similarity_index_measure(_unit(p), _unit(q), data_range=1.0, reduction="none")
-        assert isinstance(value_B, Tensor)  # a tuple only where the full map is asked for
-        values.append(value_B.double().reshape(-1))
-    return float(torch.cat(values).mean())
+    _check_pair(a, b)
+    _check_sides("ssim", a, SSIM_WINDOW, "its window")
+    return _mean_in_chunks(structural_similarity_index_measure, a, b)
+
+
+def ms_ssim(a: Tensor, b: Tensor) -> float:
+    """Multi-scale structural similarity, mean over pictures (Wang, Simoncelli & Bovik 2003, five scales).
+
+    As `ssim`, with sides of at least 176 pixels: the window must fit after four halvings. Contrast terms below zero
+    count as zero, since a power of them is no number. ValueError as `psnr`, and on smaller pictures.
+    """
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+    _check_pair(a, b)
+    _check_sides("ms_ssim", a, MS_SSIM_SIDE, "its window after four halvings")
+    return _mean_in_chunks(multiscale_structural_similarity_index_measure, a, b)
 
 
 def frechet_wavelet_distance(a: Tensor, b: Tensor, level: int | None = None) -> float:
-    """Fréchet Wavelet Distance between two sets of pictures (Veeramacheneni et al., arXiv 2312.15289). 0: same sets.
+    """Fréchet Wavelet Distance between two sets of pictures, in one call: see `FrechetWavelet`. 0: same sets.
 
-    `a`: float (N, 3, H, W), `b`: float (M, 3, H, W), both in [-1, 1], N and M ≥ 2, not paired. Each picture, mapped
-    to [0, 1], is split into 4^level Haar wavelet packets; each packet p, flattened to D = 3·H·W/4^level numbers, has
-    a mean μ and an unbiased covariance Σ over the set, and
-        FWD = mean over p of ‖μ − μ'‖² + Tr(Σ + Σ' − 2 (Σ Σ')^½),
-    in float64. `level` defaults to `wavelet_level(H, W)`: 4 at 256 pixels as in the paper, less for smaller pictures.
-
-    Report N (and the level) beside the value: few pictures bias it upwards, and values of different N, sizes or
-    levels do not compare. Time grows with 4^level · D³, memory with about 2/3 of the larger set as float32.
+    `a`: float (N, 3, H, W), `b`: float (M, 3, H, W), both in [-1, 1], N and M ≥ 2, not paired.
     ValueError on pictures as in `psnr`, fewer than two of them, or sides that 2^level does not divide.
     """
     _check_pictures(a, "first")
     _check_pictures(b, "second")
     if a.shape[1:] != b.shape[1:]:
         raise ValueError(f"pictures of different sizes cannot be compared: {_size(a)} and {_size(b)}")
-    if min(len(a), len(b)) < 2:
-        raise ValueError(f"a covariance needs at least 2 pictures in each set, got {len(a)} and {len(b)}")
-    level = wavelet_level(*a.shape[-2:]) if level is None else _checked_level(level, *a.shape[-2:])
-    pairs = zip(_packets(a, level), _packets(b, level), strict=True)
-    distances = [_frechet(p.flatten(1), q.flatten(1)) for p, q in pairs]
-    # The pictures are still in [-1, 1]. Going to [0, 1] halves every difference and every deviation (the shift
-    # cancels), and the distance is quadratic: a quarter, at no cost in memory.
-    return max(0.0, float(torch.stack(distances).mean()) / 4)
+    first, second = FrechetWavelet(level), FrechetWavelet(level)
+    first.update(a)
+    second.update(b)
+    return first.distance(second)
+
+
+class FrechetWavelet:
+    """One set of pictures as the Fréchet Wavelet Distance sees it (Veeramacheneni et al., arXiv 2312.15289).
+
+    Each picture, mapped to [0, 1], is split into P = 4^level Haar wavelet packets; each packet p, flattened to
+    D = 3·H·W/4^level numbers, has a mean μ and an unbiased covariance Σ over the set, and in float64
+        FWD = mean over p of ‖μ − μ'‖² + Tr(Σ + Σ' − 2 (Σ Σ')^½).
+
+    `level`: None takes `wavelet_level(H, W)`: 4 at 256 pixels as in the paper, less for smaller pictures.
+    Report N (and the level) beside the value: few pictures bias it upwards, and values of different N, sizes or
+    levels do not compare.
+
+    Memory does not grow with the set: up to D pictures wait as they came, the rest is in P triangles of D + 1 numbers
+    a side (5 MB at 64 px; 1.2 GB at 256 px, once there are more than 768 pictures). Time grows with P·D³.
+    """
+
+    def __init__(self, level: int | None = None):
+        self.level, self.count = level, 0
+        self._shape: tuple[int, int] | None = None
+        self._waiting: list[Tensor] = []
+        self._roots: list[Tensor] = []  # of each packet, over the pictures that no longer wait
+
+    def update(self, x_BCHW: Tensor) -> None:
+        """Add pictures, float (B, 3, H, W) in [-1, 1]. ValueError as `psnr`, on another size than before, and on
+        sides that 2^level does not divide."""
+        _check_pictures(x_BCHW, "the")
+        height, width = x_BCHW.shape[-2:]
+        if self._shape is None:
+            self.level = wavelet_level(height, width) if self.level is None else self.level
+            _check_level(self.level, height, width)
+            self._shape = height, width
+        if (height, width) != self._shape:
+            raise ValueError(
+                f"pictures of {_size(x_BCHW)} among pictures of {self._shape[1]}×{self._shape[0]} pixels"
+            )
+        self._waiting.append(x_BCHW.detach().cpu())
+        self.count += len(x_BCHW)
+        assert self.level is not None
+        if sum(map(len, self._waiting)) > 3 * height * width // 4**self.level:
+            self._join()
+
+    def distance(self, other: FrechetWavelet) -> float:
+        """FWD between the two sets. ValueError on fewer than 2 pictures in one of them, other sizes or levels."""
+        if min(self.count, other.count) < 2:
+            raise ValueError(
+                f"a covariance needs at least 2 pictures in each set, got {self.count} and {other.count}"
+            )
+        if self._shape != other._shape or self.level != other.level:
+            found = " and ".join(f"{s._shape} at level {s.level}" for s in (self, other))
+            raise ValueError(f"sets of different sizes or levels cannot be compared: {found}")
+        pairs = zip(self._joined(), other._joined(), strict=True)
+        distances = [_frechet(*_moments(r), *_moments(s)) for r, s in pairs]
+        # The pictures are still in [-1, 1]. Going to [0, 1] halves every difference and every deviation (the shift
+        # cancels), and the distance is quadratic: a quarter, at no cost in memory.
+        return max(0.0, float(torch.stack(distances).mean()) / 4)
+
+    def _join(self) -> None:
+        for index, root in enumerate(self._joined()):
+            self._roots[index : index + 1] = [root]  # one by one: old and new ones are never all in memory
+        self._waiting = []
+
+    def _joined(self) -> Iterator[Tensor]:
+        """Each packet's triangle over all pictures so far."""
+        assert self.level is not None
+        if not self._waiting:
+            yield from self._roots
+            return
+        packets = _packets(torch.cat(self._waiting), self.level)
+        for index, packet in enumerate(packets):
+            yield _triangle(packet.flatten(1), self._roots[index] if index < len(self._roots) else None)
+
+
+def kernel_distance(a_ND: Tensor, b_MD: Tensor) -> float:
+    """Kernel distance between two sets of feature vectors: the squared maximum mean discrepancy, unbiased, with the
+    kernel (x·y / D + 1)³ (Bińkowski et al., arXiv 1801.01401), over all members rather than over drawn subsets.
+
+    In float64. Its expectation does not depend on N and M (at least 2), so that it serves small sets too; near zero it
+    may be negative. ValueError on other shapes or values that are not finite.
+    """
+    a_ND, b_MD = _checked_features(a_ND, b_MD)
+    within = [_mean_kernel(x, x, without_diagonal=True) for x in (a_ND, b_MD)]
+    return sum(within) - 2 * _mean_kernel(a_ND, b_MD, without_diagonal=False)
+
+
+def frechet_distance(a_ND: Tensor, b_MD: Tensor) -> float:
+    """Squared Fréchet distance between the Gaussians of two sets of feature vectors (Heusel et al., arXiv 1706.08500).
+
+    In float64. With N or M not well above D the covariances have not full rank and the value is biased upwards by
+    much: prefer `kernel_distance` there. ValueError as there.
+    """
+    a_ND, b_MD = _checked_features(a_ND, b_MD)
+    value = _frechet(*_moments(_triangle(a_ND)), *_moments(_triangle(b_MD)))
+    return max(0.0, float(value))
 
 
 def wavelet_level(height: int, width: int) -> int:
@@ -90,7 +187,8 @@ def wavelet_level(height: int, width: int) -> int:
     level = min(max((min(height, width) // SMALLEST_PACKET).bit_length() - 1, 1), DEEPEST_LEVEL)
     while level > 1 and (height % 2**level or width % 2**level):
         level -= 1
-    return _checked_level(level, height, width)
+    _check_level(level, height, width)
+    return level
 
 
 class CodeUse:
@@ -144,6 +242,17 @@ def code_use(codes_BhwQ: Tensor, K: int) -> dict[str, list[float] | list[int]]:
     return use.result()
 
 
+def grid_bits(height: int, width: int, depth: int, codebook_size: int) -> float:
+    """Bits of one picture's codes, each written with log2 K bits: h · w · Q · log2 K."""
+    return height * width * depth * math.log2(codebook_size)
+
+
+def entropy_bits(height: int, width: int, perplexity: list[float]) -> float:
+    """Bits of one picture's codes under an ideal entropy coder that knows how often each code of each depth occurs,
+    and nothing of their neighbours: h · w · Σ over depths of log2 perplexity."""
+    return height * width * sum(math.log2(each) for each in perplexity)
+
+
 # --- pictures -------------------------------------------------------------------------------------------------
 
 
@@ -174,21 +283,34 @@ def _unit(x_BCHW: Tensor) -> Tensor:
     return (x_BCHW.float() + 1) / 2
 
 
+def _check_sides(metric: str, x_BCHW: Tensor, smallest: int, why: str) -> None:
+    if min(x_BCHW.shape[-2:]) < smallest:
+        raise ValueError(f"{metric} needs sides of at least {smallest} pixels ({why}), got {_size(x_BCHW)}")
+
+
+def _mean_in_chunks(similarity: Callable[..., Any], a: Tensor, b: Tensor) -> float:
+    """One of torchmetrics' similarities on unit intensities, mean over pictures."""
+    values = [
+        similarity(_unit(p), _unit(q), data_range=1.0, reduction="none").double().reshape(-1)
+        for p, q in zip(a.split(CHUNK), b.split(CHUNK), strict=True)
+    ]
+    return float(torch.cat(values).mean())
+
+
 def _squared_error(a: Tensor, b: Tensor) -> Tensor:
     """Mean squared error of each picture, float64 (B,)."""
     return (a.double() - b.double()).square().mean(dim=(1, 2, 3))
 
 
-# --- Fréchet Wavelet Distance ---------------------------------------------------------------------------------
+# --- wavelet packets ------------------------------------------------------------------------------------------
 
 
-def _checked_level(level: int, height: int, width: int) -> int:
+def _check_level(level: int, height: int, width: int) -> None:
     if level < 1 or height % 2**level or width % 2**level:
         divisor = 2 ** max(level, 1)
         raise ValueError(
             f"wavelet level {level} needs sides divisible by {divisor}, got {width}×{height} pixels"
         )
-    return level
 
 
 def _packets(x_BCHW: Tensor, level: int) -> Iterator[Tensor]:
@@ -208,19 +330,56 @@ def _band(x_BCHW: Tensor, down: int, across: int) -> Tensor:
     return (rows[..., 0::2] + across * rows[..., 1::2]) / 2
 
 
-def _frechet(x_ND: Tensor, y_MD: Tensor) -> Tensor:
-    """Squared Fréchet distance between the Gaussians of two samples."""
-    r, s = _root(x_ND), _root(y_MD)
-    shift = (x_ND.mean(dim=0) - y_MD.mean(dim=0)).square().sum()
+# --- sets of vectors ------------------------------------------------------------------------------------------
+
+
+def _checked_features(a_ND: Tensor, b_MD: Tensor) -> tuple[Tensor, Tensor]:
+    for which, x_ND in (("first", a_ND), ("second", b_MD)):
+        if x_ND.ndim != 2 or len(x_ND) < 2 or not x_ND.is_floating_point():
+            raise ValueError(
+                f"{which} features must be float (N ≥ 2, D), got {x_ND.dtype} {tuple(x_ND.shape)}"
+            )
+        if not torch.isfinite(x_ND).all():
+            raise ValueError(f"{which} features hold NaN or infinite values")
+    if a_ND.shape[1] != b_MD.shape[1]:
+        raise ValueError(f"features of different widths: {a_ND.shape[1]} and {b_MD.shape[1]}")
+    return a_ND.double(), b_MD.double()
+
+
+def _mean_kernel(x_ND: Tensor, y_MD: Tensor, without_diagonal: bool) -> float:
+    """Mean of (x·y / D + 1)³ over all pairs; `without_diagonal` leaves out each member with itself (x is y)."""
+    total = sum(float(_kernel(part, y_MD).sum()) for part in x_ND.split(CHUNK * 16))
+    if without_diagonal:
+        alone = float(((x_ND.square().sum(dim=1) / x_ND.shape[1] + 1) ** 3).sum())
+        return (total - alone) / (len(x_ND) * (len(x_ND) - 1))
+    return total / (len(x_ND) * len(y_MD))
+
+
+def _kernel(x_ND: Tensor, y_MD: Tensor) -> Tensor:
+    return (x_ND @ y_MD.T / x_ND.shape[1] + 1) ** 3
+
+
+def _triangle(x_ND: Tensor, before: Tensor | None = None) -> Tensor:
+    """N, mean and covariance of vectors in one matrix of at most D + 1 rows: R of the QR factors of [1 | x].
+
+    Its first row is ±√N · [1 | mean]; below, behind the first column, stands a root of the centred sum of squares,
+    because every other column of Q is orthogonal to the ones. `before`: the matrix of other vectors, which join.
+    Factors lose no digits, as sums of outer products would: those square the condition number.
+    """
+    rows = torch.cat([torch.ones_like(x_ND[:, :1]), x_ND], dim=1)
+    return torch.linalg.qr(rows if before is None else torch.cat([before, rows]), mode="r").R
+
+
+def _moments(triangle: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (D), and r of at most D rows with rᵀr = the unbiased covariance."""
+    first = triangle[0]
+    count = round(float(first[0].square()))
+    return first[1:] / first[0], triangle[1:, 1:] / math.sqrt(count - 1)
+
+
+def _frechet(mean: Tensor, r: Tensor, other_mean: Tensor, s: Tensor) -> Tensor:
+    """Squared Fréchet distance between two Gaussians, from means and roots of covariances."""
     # With Σ = rᵀr and Σ' = sᵀs, the eigenvalues of Σ^½ Σ' Σ^½ are the squared singular values of r sᵀ. Taking those
     # keeps full precision: roots of eigenvalues that should be 0 would add noise of 1e-8 each.
     overlap = torch.linalg.svdvals(r @ s.T).sum()
-    return shift + r.square().sum() + s.square().sum() - 2 * overlap
-
-
-def _root(x_ND: Tensor) -> Tensor:
-    """A matrix r of at most D rows with rᵀr = the unbiased covariance of x."""
-    centred_ND = (x_ND - x_ND.mean(dim=0)) / (len(x_ND) - 1) ** 0.5
-    if len(centred_ND) <= centred_ND.shape[1]:
-        return centred_ND
-    return torch.linalg.qr(centred_ND, mode="r").R
+    return (mean - other_mean).square().sum() + r.square().sum() + s.square().sum() - 2 * overlap

@@ -1,7 +1,8 @@
-"""Numbers of a tokenizer run as pictures."""
+"""Numbers of a tokenizer run as pictures. Knows no tokenizer: counts come in."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import matplotlib
@@ -12,12 +13,19 @@ from vqlm.files import new_file
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+COLUMNS = 4  # panels beside each other; deeper codes go on below
+
 
 def plot_code_use(counts: dict[str, Tensor], path: Path) -> None:
     """How often each code occurs, most used first, one panel for each depth. counts: split → (Q,K)."""
     depth = max(len(c) for c in counts.values())
-    figure, panels = plt.subplots(1, depth, figsize=(3.2 * depth, 3), squeeze=False, sharey=True)
-    for d, axes in enumerate(panels[0]):
+    rows, columns = math.ceil(depth / COLUMNS), min(depth, COLUMNS)
+    size = (3.2 * columns, 3 * rows)
+    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=True)
+    for d, axes in enumerate(grid.flat):
+        if d >= depth:
+            axes.set_visible(False)
+            continue
         for split, counts_QK in counts.items():
             share = counts_QK[d].double().sort(descending=True).values
             used = int((share > 0).sum())
@@ -26,7 +34,8 @@ def plot_code_use(counts: dict[str, Tensor], path: Path) -> None:
         axes.set_title(f"depth {d}")
         axes.set_xlabel("code, most used first")
         axes.legend(fontsize=7)
-    panels[0][0].set_ylabel("share of positions")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("share of positions")
     figure.tight_layout()
     with new_file(path) as part:
         figure.savefig(part, format="png", dpi=110)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -81,10 +82,11 @@ class Loaded:
 
 
 class Pictures(Protocol):
-    """Pictures to encode: a fixed sequence of candidates, loaded range by range (a range becomes a shard).
+    """Pictures to encode: a fixed sequence of candidates, loaded range by range, in a thread beside the encoder.
 
-    The same range must give the same content each time. An optional attribute `digest: str` names that content
-    (a hash of all of it, say): a store begun with another digest is then refused rather than mixed.
+    The same range must give the same content each time. An optional attribute `digest: str` names all of that content
+    (a hash of it, say): a store begun with another digest is then refused. Without one, each shard remembers a hash of
+    what it was made of; a run that finds it finished loads its pictures again and redoes it where they changed.
     """
 
     def __len__(self) -> int: ...
@@ -211,7 +213,7 @@ class StoreWriter:
             raise ConfigError("there are no pictures to encode")
         self.folder, self.tokenizer, self.pictures = Path(folder), tokenizer, pictures
         self.batch_size = batch_size
-        self.encode = encode or _on_its_device(tokenizer)
+        self.encode, self.device = encode or tokenizer.encode, _device(tokenizer)
         self.job = _job(tokenizer, pictures, source, shard_size)
         self.shards = _shard_count(self.job)
         self.kept = self.encoded = 0
@@ -240,7 +242,7 @@ class StoreWriter:
         path = self.folder / _shard_name(index)
         if path.exists():
             try:
-                self._check_shard(path, index)
+                self._check_content(self._check_shard(path, index))
             except _Damaged as damage:
                 self.damage.append(f"{path.name}: {damage}")
             else:
@@ -318,30 +320,62 @@ class StoreWriter:
 
     def _encoded(self, index: int, advance: Callable[[int], Any]) -> _Shard:
         start, stop = _range(self.job, index)
-        loaded = self.pictures.load(start, stop)
-        rejects = [{key: str(r[key]) for key in ("id", "reason", "detail")} for r in loaded.rejects]
-        counts = len(loaded.records), len(loaded.x_BCHW), len(rejects)
-        if counts[0] != counts[1] or counts[0] + counts[2] != stop - start:
-            told = f"{counts[0]} records, {counts[1]} pictures, {counts[2]} rejects"
-            raise ValueError(
-                f"candidates {start} to {stop} gave {told}: each must be either a reject or a record"
-            )
-        codes, sizes = [], []
-        for x_BCHW in _batches(loaded.x_BCHW, self.batch_size):
-            pixels_BCHW = from_bytes(x_BCHW) if x_BCHW.dtype == torch.uint8 else x_BCHW
-            codes_BhwQ = self._checked(self.encode(pixels_BCHW), len(x_BCHW))
-            codes.append(codes_BhwQ.reshape(-1))
-            sizes += [codes_BhwQ.shape[1:3]] * len(codes_BhwQ)
-            advance(len(codes_BhwQ))
-        advance(len(rejects))
+        records: list[Record] = []
+        rejects: list[dict[str, str]] = []
+        codes, sizes, content = [], [], _Content()
+        for loaded in self._loaded(start, stop):
+            content.add(loaded)
+            for x_BCHW in _batches(loaded.x_BCHW, self.batch_size):
+                codes_BhwQ = self._checked(self.encode(self._pixels(x_BCHW)), len(x_BCHW))
+                codes.append(codes_BhwQ.reshape(-1))
+                sizes += [codes_BhwQ.shape[1:3]] * len(codes_BhwQ)
+                advance(len(codes_BhwQ))
+            if loaded.rejects:
+                advance(len(loaded.rejects))
+            records += loaded.records
+            rejects += _plain(loaded.rejects)
         about = {"job": self.job, "index": index, "range": [start, stop], "rejects": rejects}
+        if not self.job["digest"]:
+            about["content"] = content.digest()
         return _Shard(
-            text={name: [_text(r, name) for r in loaded.records] for name in TEXT_COLUMNS},
+            text={name: [_text(r, name) for r in records] for name in TEXT_COLUMNS},
             heights=np.array([h for h, _ in sizes], np.int16),
             widths=np.array([w for _, w in sizes], np.int16),
             codes=np.concatenate(codes) if codes else np.zeros(0, _dtype(self.job)),
             about=about,
         )
+
+    def _loaded(self, start: int, stop: int) -> Iterator[Loaded]:
+        """A range in pieces of batch_size candidates; the next piece is loaded while the caller works on this one."""
+        edges = [*range(start, stop, self.batch_size), stop]
+        with ThreadPoolExecutor(1, "load") as reader:
+            coming = reader.submit(self.pictures.load, *edges[:2])
+            for n in range(1, len(edges)):
+                loaded = coming.result()
+                if n + 1 < len(edges):
+                    coming = reader.submit(self.pictures.load, *edges[n : n + 2])
+                counts = len(loaded.records), len(loaded.x_BCHW), len(loaded.rejects)
+                if counts[0] != counts[1] or counts[0] + counts[2] != edges[n] - edges[n - 1]:
+                    told = f"{counts[0]} records, {counts[1]} pictures, {counts[2]} rejects"
+                    raise ValueError(
+                        f"candidates {edges[n - 1]} to {edges[n]} gave {told}: each must be either a reject or a record"
+                    )
+                yield loaded
+
+    def _pixels(self, x_BCHW: Tensor) -> Tensor:
+        """Float in [-1, 1] where the encoder is. Bytes are moved before they are made numbers of four bytes each."""
+        x_BCHW = x_BCHW if self.device is None else x_BCHW.to(self.device)
+        return from_bytes(x_BCHW) if x_BCHW.dtype == torch.uint8 else x_BCHW
+
+    def _check_content(self, shard: _Shard) -> None:
+        """_Damaged if a sound shard was made of other pictures than are given now."""
+        if "content" not in shard.about:
+            return  # the job's digest speaks for all
+        content = _Content()
+        for loaded in self._loaded(*shard.about["range"]):
+            content.add(loaded)
+        if content.digest() != shard.about["content"]:
+            raise _Damaged("was made of other pictures: they have changed since")
 
     def _checked(self, codes_BhwQ: Tensor, pictures: int) -> np.ndarray:
         """Codes as they are stored; ValueError if a tokenizer gave something else than it declares."""
@@ -579,7 +613,9 @@ class _Shard:
     heights: np.ndarray  # int16 (N,), of the grids
     widths: np.ndarray  # int16 (N,)
     codes: np.ndarray  # every row's (h, w, Q) laid end to end
-    about: dict[str, Any] = field(default_factory=dict)  # job, index, range, rejects
+    about: dict[str, Any] = field(
+        default_factory=dict
+    )  # job, index, range, rejects; content, if the job has no digest
 
     def __len__(self) -> int:
         return len(self.heights)
@@ -631,7 +667,7 @@ def _read_shard(path: Path, job: Mapping[str, Any]) -> _Shard:
         heights=table["height"].to_numpy(),
         widths=table["width"].to_numpy(),
         codes=codes.to_numpy(zero_copy_only=False),
-        about={key: about[key] for key in ("job", "index", "range", "rejects")},
+        about={key: about[key] for key in ("job", "index", "range", "rejects", "content") if key in about},
     )
     _check_rows(shard, lists.value_lengths().to_numpy(zero_copy_only=False))
     if shard.digest() != about["sha256"]:
@@ -836,12 +872,31 @@ def _reasons(rejects: Sequence[Mapping[str, str]]) -> dict[str, int]:
 # --- small things ---------------------------------------------------------------------------------------------
 
 
-def _on_its_device(tokenizer: Tokenizer) -> Callable[[Tensor], Tensor]:
-    """`tokenizer.encode`, with pictures moved to where its weights are."""
+class _Content:
+    """Running hashes of what is loaded: records with their pixels, and rejects. How it is cut does not matter."""
+
+    def __init__(self) -> None:
+        self.records, self.rejects = hashlib.sha256(), hashlib.sha256()
+
+    def add(self, loaded: Loaded) -> None:
+        for record, x_CHW in zip(loaded.records, loaded.x_BCHW, strict=True):
+            self.records.update(_canonical([asdict(record), list(x_CHW.shape), str(x_CHW.dtype)]))
+            self.records.update(x_CHW.cpu().contiguous().view(torch.uint8).numpy().data)
+        for reject in _plain(loaded.rejects):
+            self.rejects.update(_canonical(reject))
+
+    def digest(self) -> str:
+        return f"{self.records.hexdigest()} {self.rejects.hexdigest()}"
+
+
+def _plain(rejects: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    return [{key: str(each[key]) for key in ("id", "reason", "detail")} for each in rejects]
+
+
+def _device(tokenizer: Tokenizer) -> torch.device | None:
+    """Where the tokenizer's weights are; None where it has none."""
     weight = next(tokenizer.parameters(), None) if isinstance(tokenizer, torch.nn.Module) else None
-    if weight is None:
-        return tokenizer.encode
-    return lambda x_BCHW: tokenizer.encode(x_BCHW.to(weight.device))
+    return None if weight is None else weight.device
 
 
 def _batches(x_BCHW: Tensor | Sequence[Tensor], batch_size: int) -> Iterator[Tensor]:

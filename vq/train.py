@@ -3,19 +3,24 @@
     vq-train images=folder images.source.path=DIR out=runs/mine
 
 Leaves in `out`: tokenizer/ (loadable with ImageTokenizer.from_pretrained), checkpoints/, metrics.json, log.jsonl,
-reconstructions.png, code_use.png and the resolved config.yaml. Run again, it goes on where it stopped.
+reconstructions.png, code_use.png and the resolved config.yaml; where a watch is kept, watch.jsonl and best/, the
+tokenizer with the highest held-out PSNR so far; scorer/NAME of each semantic loss. Run again, it goes on where it
+stopped.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from vq.batches import Augment, NoAugment, PictureBatches
+from vq.callbacks import NoWatch
 from vq.data import ImageData
 from vq.evaluate import report, settle_size
 from vq.learner import TokenizerLearner
+from vq.losses.semantic import save_scorer
 from vq.tokenizer import ImageTokenizer
 from vqlm.command import command
 from vqlm.errors import ConfigError
@@ -29,6 +34,7 @@ def train(
     tokenizer: ImageTokenizer,
     learner: Callable[..., TokenizerLearner],
     augment: Augment | NoAugment,
+    watch: NoWatch,
     batch_size: int,
     seed: int,
     out: str,
@@ -45,57 +51,67 @@ def train(
     hardware = detect(device, precision)
     settle_size(images, tokenizer)
     training = learner(tokenizer=tokenizer)
-    parameters = sum(p.numel() for p in tokenizer.parameters())
-    grid = tokenizer.image_size // tokenizer.downsample
-    print(
-        f"tokenizer of {parameters / 1e6:.1f} M parameters on {hardware}: "
-        f"{tokenizer.image_size}x{tokenizer.image_size} px → {grid}x{grid}x{tokenizer.depth} codes of "
-        f"{tokenizer.codebook_size}"
-    )
+    print(f"{describe(tokenizer)} on {hardware}")
     images.setup()
     print(images.report())
     folder = Path(out)
     write_json(folder / "rejects.json", images.rejects)
+    watch.look_at(images, folder)
     trained = fit(
         training,
-        lambda total: PictureBatches(images.train, batch_size, seed, augment, total),
+        lambda total: PictureBatches(images.train_sets, batch_size, seed, augment, total),
         folder,
         hardware,
         "training the tokenizer",
         workers,
         checkpoint_minutes,
         {"pictures": images.digest},
+        [watch],
     )
     if trained or not (folder / "tokenizer").is_dir():
         finish(training, images, batch_size, folder / "tokenizer")
-    tokenizer = ImageTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = ImageTokenizer.from_pretrained(folder / "tokenizer").to(hardware.device)
+    watched = watch.conclude(tokenizer)
     run = {
         "batches": training.batches_seen,
         "images": training.samples_seen,
         "minutes": training.seconds / 60,
     }
     report(
-        tokenizer.to(hardware.device),
+        tokenizer,
         images,
         folder,
         batch_size,
-        {"run": {**run, "bad_batches": training.bad_batches}},
+        {"run": {**run, "bad_batches": training.bad_batches}, **watched},
     )
     print(f"tokenizer: {folder / 'tokenizer'}   pictures: {folder / 'reconstructions.png'}")
+    if warning := watch.verdict():
+        print(f"watch: {warning}", file=sys.stderr)
+
+
+def describe(tokenizer: ImageTokenizer) -> str:
+    """One line: how large, and what a picture becomes."""
+    parameters = sum(p.numel() for p in tokenizer.parameters())
+    side, grid = tokenizer.image_size, tokenizer.image_size // tokenizer.downsample
+    codes = f"{grid}x{grid}x{tokenizer.depth} codes of {tokenizer.codebook_size}"
+    latent = f"{grid}x{grid} vectors of {tokenizer.encoder.latent_dim} numbers (continuous)"
+    made = codes if tokenizer.depth else latent
+    return f"tokenizer of {parameters / 1e6:.1f} M parameters, {side}x{side} px → {made},"
 
 
 def finish(training: TokenizerLearner, images: ImageData, batch_size: int, target: Path) -> None:
     """See to it that every code is used, then save. Done once: a store depends on each bit of what is saved."""
-    unused = training.finish([images.train], batch_size)
+    unused = training.finish(images.train_sets, batch_size)
     if any(unused):
         print(
             f"codes that no training picture uses, per depth: {unused}: the set has too few distinct patches"
         )
     result: Any = training.result
+    save_scorer(training.terms, result, target.parent / "scorer")
     result.save_pretrained(target)
 
 
-main = command("vq_train", train, free=("device", "precision", "workers", "checkpoint_minutes"))
+main = command("vq_train", train, free=("device", "precision", "workers", "checkpoint_minutes", "watch"))
 
 if __name__ == "__main__":
     main()

@@ -27,7 +27,11 @@ _DECLARED: dict[str, type] = {}
 
 
 def declared(cls: T) -> T:
-    """Class decorator: remember the constructor's arguments, so that `describe` and `rebuild` are inverse."""
+    """Class decorator: remember the constructor's arguments, so that `describe` and `rebuild` are inverse.
+
+    Arguments that a class names in `added_arguments` are left out while they have their defaults: a class may gain an
+    option without a change to the description, and so to the fingerprint, of what was saved before.
+    """
     original = cls.__init__
     signature = inspect.signature(original)
 
@@ -37,7 +41,12 @@ def declared(cls: T) -> T:
         if type(self) is cls:
             bound = signature.bind(self, *args, **kwargs)
             bound.apply_defaults()
-            self.declared_arguments = {k: v for k, v in bound.arguments.items() if k != "self"}
+            defaults = {k: signature.parameters[k].default for k in getattr(cls, "added_arguments", ())}
+            self.declared_arguments = {
+                k: v
+                for k, v in bound.arguments.items()
+                if k != "self" and not (k in defaults and v == defaults[k])
+            }
 
     cls.__init__ = __init__
     _DECLARED[cls.__name__] = cls

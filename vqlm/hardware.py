@@ -11,7 +11,9 @@ import torch
 from vqlm.errors import ConfigError
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
-Precision = Literal["auto", "bf16", "fp32"]
+Precision = Literal[
+    "auto", "bf16", "fp32", "fp16"
+]  # fp16 is known, so that it can be refused with the reason
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,17 @@ class Hardware:
 
 
 def detect(device: Device = "auto", precision: Precision = "auto") -> Hardware:
-    """The fastest device there is, and bf16 where it is faster. fp16 is not offered: adversarial losses overflow it.
+    """The fastest device there is, and bf16 where it is faster.
 
     Raises:
-        ConfigError: the device that was asked for is not there.
+        ConfigError: the device that was asked for is not there, or the precision is fp16.
     """
+    if precision == "fp16":
+        raise ConfigError(
+            "precision=fp16: not supported. Small gradients vanish in it unless losses are scaled, which this loop "
+            "does not do; with a discriminator, its logits overflow, and the adaptive weight would compare "
+            "scaled with unscaled gradients. precision=bf16 is as fast and has the range of fp32"
+        )
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         device = next(name for name in ("cuda", "mps", "cpu") if available[name])  # type: ignore[assignment]

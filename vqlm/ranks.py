@@ -21,6 +21,17 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return total
 
 
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """The mean of every rank's tensor, for a term of a loss that all ranks compute from it.
+
+    The gradient is that of the rank's own `x`, as if it were the mean: once gradients are averaged over ranks, as in
+    data-parallel training, that is the gradient of the term over everything that the ranks hold together.
+    """
+    if rank_count() == 1:
+        return x
+    return x + (sum_over_ranks(x.detach()) / rank_count() - x.detach())
+
+
 def rows_of_ranks(x_ND: Tensor) -> Tensor:
     """Every rank's rows below each other, in the order of ranks; ranks may bring unequal numbers of rows."""
     if rank_count() == 1:

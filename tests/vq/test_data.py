@@ -14,7 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
-from vq.data import HubImages, ImageData, ImageFolder, OpenMoji, Picture, PictureSet
+from vq.data import (
+    HubImages,
+    ImageData,
+    ImageFolder,
+    OpenMoji,
+    Picture,
+    PictureSet,
+    bucket_shape,
+    nearest_shape,
+)
 from vq.images import Reject
 from vqlm.errors import ConfigError
 
@@ -510,7 +519,16 @@ def test_ids_given_twice():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"size": 0}, {"holdout": 1.0}, {"holdout": -0.1}, {"max_bad_fraction": 1.5}, {"fit": "corp"}],
+    [
+        {"size": 0},
+        {"aspects": []},
+        {"aspects": [1.0, 0.0]},
+        {"aspects": [float("nan")]},
+        {"holdout": 1.0},
+        {"holdout": -0.1},
+        {"max_bad_fraction": 1.5},
+        {"fit": "corp"},
+    ],
     ids=str,
 )
 def test_values_out_of_range(wrong):
@@ -541,3 +559,118 @@ def test_select():
 def test_progress_is_shown(capsys):
     ImageData(Made(5), 8).setup()
     assert "reading pictures: 100%" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------- shapes
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 8, 16, 32])
+@pytest.mark.parametrize("aspect", [0.5, 0.75, 1.0, 4 / 3, 1.5, 2.0])
+def test_shapes_are_multiples_of_about_the_area(aspect, multiple):
+    high, wide = bucket_shape(256, aspect, multiple)
+    assert high % multiple == wide % multiple == 0
+    assert abs(np.log(wide / high / aspect)) <= multiple / 150 + 0.01
+    assert abs(np.log(high * wide / 256**2)) <= multiple / 150 + 0.01
+
+
+def test_shapes_by_hand():
+    assert bucket_shape(32, 1.0, 8) == (32, 32)
+    assert bucket_shape(64, 4.0, 8) == (32, 128) and bucket_shape(64, 0.25, 8) == (128, 32)
+    assert bucket_shape(8, 10.0, 8) == (8, 32)  # never below one multiple
+    assert nearest_shape([(32, 32), (24, 40), (40, 24)], 100, 60) == (24, 40)
+    assert nearest_shape([(32, 32), (24, 40), (40, 24)], 60, 100) == (40, 24)
+    # the border between two shapes is the geometric mean of their proportions: sqrt(1 * 4) = 2
+    assert nearest_shape([(32, 32), (16, 64)], 199, 100) == (32, 32)
+    assert nearest_shape([(32, 32), (16, 64)], 201, 100) == (16, 64)
+
+
+class Oblong(Made):
+    """Pictures of four proportions, one after another; columns of the left half are red, of the right half blue."""
+
+    SIZES = ((40, 40), (60, 30), (30, 60), (45, 40))
+
+    def load(self, number: int) -> Image.Image:
+        super().load(number)
+        width, height = self.SIZES[number % 4]
+        image = Image.new("RGB", (width, height), "blue")
+        image.paste((255, 0, 0), (0, 0, width // 2, height))
+        return image
+
+
+def several(**options) -> ImageData:
+    data = ImageData(Oblong(80, bad=[5, 6]), 32, aspects=[1.0, 2.0, 0.5], **{"holdout": 0.2, **options})
+    data.multiple = 8
+    return data
+
+
+def test_each_picture_takes_the_nearest_shape():
+    data = several()
+    assert data.shapes == [
+        (32, 32),
+        (24, 48),
+        (48, 24),
+    ]  # 24x48: 2 exactly, 12 % more area; 24x40 is off by more
+    data.setup()
+    wanted = {0: (32, 32), 1: (24, 48), 2: (48, 24), 3: (32, 32)}
+    for sets in (data.train_sets, data.heldout_sets):
+        assert sorted(tuple(each.x_NCHW.shape[2:]) for each in sets) == [(24, 48), (32, 32), (48, 24)]
+        for each in sets:
+            assert {wanted[int(id_) % 4] for id_ in each.ids} == {tuple(each.x_NCHW.shape[2:])}
+            assert len(each) == len(each.captions) == len(each.concepts) == len(each.x_NCHW)
+            assert each.captions == [f"caption {id_}" for id_ in each.ids]
+            assert each.ids == sorted(each.ids, key=int)
+            half = each.x_NCHW.shape[3] // 2
+            assert (each.x_NCHW[:, 0, :, : half - 3] == 255).all()  # cropped in the middle, not squeezed
+            assert (each.x_NCHW[:, 2, :, half + 3 :] == 255).all()
+    ids = [id_ for sets in (data.train_sets, data.heldout_sets) for each in sets for id_ in each.ids]
+    assert sorted(map(int, ids)) == [n for n in range(80) if n not in (5, 6)]
+    assert {each["id"] for each in data.rejects} == {"5", "6"}
+    assert "32x32 px:" in data.report() and "24x48 px:" in data.report()
+
+
+def test_the_split_does_not_depend_on_shapes():
+    one, many = ImageData(Oblong(80), 32, holdout=0.2), several()
+    one.setup()
+    many.setup()
+    held = {id_ for each in many.heldout_sets for id_ in each.ids}
+    assert held == set(one.heldout.ids) - {"5", "6"}
+
+
+def test_several_shapes_are_refused_where_one_is_needed():
+    data = several()
+    for which in ("shape", "shape", "train", "heldout"):
+        if which == "train":
+            data.setup()
+        with pytest.raises(
+            ConfigError, match=r"3 shapes \(32x32, 24x48, 48x24 px\).*images\.aspects=\[1\.0\]"
+        ):
+            getattr(data, which)
+
+
+def test_one_shape_that_is_no_square():
+    data = ImageData(Oblong(12), 32, aspects=[2.0], holdout=0.2)
+    data.multiple = 8
+    data.setup()
+    assert data.train.x_NCHW.shape[1:] == data.heldout.x_NCHW.shape[1:] == (3, *data.shape) == (3, 24, 48)
+    assert [len(each) for each in data.train_sets] == [len(data.train)]
+
+
+def test_shapes_that_coincide_are_one_and_empty_ones_are_left_out():
+    data = ImageData(Made(8), 32, aspects=[1.0, 1.1, 2.0], holdout=0)
+    data.multiple = 16
+    assert len(data.shapes) == 2 and data.shapes[0] == (32, 32)
+    data.setup()  # Made's pictures are squares
+    assert [tuple(each.x_NCHW.shape) for each in data.train_sets] == [(8, 3, 32, 32)]
+    assert data.heldout_sets == []
+
+
+def test_digest_covers_every_shape():
+    base, again = several(), several()
+    other = several()
+    for each in (base, again, other):
+        each.setup()
+    assert base.digest == again.digest
+    for pictures in other.train_sets:
+        before = other.digest
+        pictures.x_NCHW[-1, 0, 0, 0] += 1
+        assert other.digest != before

@@ -21,7 +21,7 @@ from PIL import Image, ImageCms, ImageFile, PngImagePlugin
 from vq.images import (
     Reject,
     contact_sheet,
-    fit_square,
+    fit_shape,
     from_bytes,
     open_image,
     picture_bytes,
@@ -626,32 +626,52 @@ def test_crop_keeps_the_middle_and_pad_the_whole():
     three = np.zeros((20, 60, 3), np.uint8)
     three[:, :20, 0] = three[:, 20:40, 1] = three[:, 40:, 2] = 255
     image = Image.fromarray(three)
-    assert np.array_equal(np.array(fit_square(image, 20)), three[:, 20:40])
-    padded = np.array(fit_square(image, 60, "pad"))
+    assert np.array_equal(np.array(fit_shape(image, 20)), three[:, 20:40])
+    padded = np.array(fit_shape(image, 60, "pad"))
     assert np.array_equal(padded[20:40], three)
     assert (padded[:20] == 255).all() and (padded[40:] == 255).all()
-    assert fit_square(image, 60, "pad", "black").getpixel((0, 0)) == (0, 0, 0)
+    assert fit_shape(image, 60, "pad", "black").getpixel((0, 0)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4000), (4000, 1), (31, 17), (400, 300), (48, 16)])
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_every_shape_becomes_the_rectangle(shape, fit):
+    result = picture_bytes(Image.new("RGB", shape, "#4080c0"), (16, 48), fit)
+    assert result.shape == (3, 16, 48)
+    if fit == "crop" or shape == (48, 16):
+        assert (result[0] == 0x40).all()
+
+
+def test_crop_to_a_rectangle_keeps_the_middle_in_its_proportions():
+    rows, columns = np.meshgrid(np.arange(60), np.arange(100), indexing="ij")
+    image = Image.fromarray(np.stack([rows, columns, 0 * rows], axis=2).astype(np.uint8))
+    wide = np.array(fit_shape(image, (25, 100)))
+    assert wide.shape == (25, 100, 3)
+    assert np.abs(wide[:, 50, 0].astype(int) - np.arange(17, 42)).max() <= 1  # rows 17.5 to 42.5, unscaled
+    assert np.abs(wide[12, :, 1].astype(int) - np.arange(100)).max() <= 1
+    tall = np.array(fit_shape(image, (60, 20)))
+    assert np.array_equal(tall, np.array(image)[:, 40:60])
 
 
 def test_long_strip_takes_no_memory():
     """Scaled first and cropped then, this one would pass through 256 x 1,024,000 pixels."""
     start = time.perf_counter()
-    fit_square(Image.new("RGB", (1, 4000)), 256)
+    fit_shape(Image.new("RGB", (1, 4000)), 256)
     assert time.perf_counter() - start < 0.5
 
 
 def test_reduction_is_antialiased():
     board = np.indices((256, 256)).sum(axis=0) % 2 * 255
-    small = np.array(fit_square(Image.fromarray(as_rgb(board.astype(np.uint8))), 16))
+    small = np.array(fit_shape(Image.fromarray(as_rgb(board.astype(np.uint8))), 16))
     assert np.abs(small.astype(int) - 127).max() <= 2
 
 
 def test_wrong_sizes():
     image = Image.new("RGB", (2, 2))
     with pytest.raises(ValueError, match="size"):
-        fit_square(image, 0)
+        fit_shape(image, 0)
     with pytest.raises(ValueError, match="fit"):
-        fit_square(image, 4, "stretch")  # pyright: ignore[reportArgumentType]
+        fit_shape(image, 4, "stretch")  # pyright: ignore[reportArgumentType]
 
 
 # --------------------------------------------------------------------------- contact sheet

@@ -7,7 +7,20 @@ import pytest
 import torch
 
 from vq import metrics
-from vq.metrics import CodeUse, code_use, frechet_wavelet_distance, psnr, ssim, wavelet_level
+from vq.metrics import (
+    CodeUse,
+    FrechetWavelet,
+    code_use,
+    entropy_bits,
+    frechet_distance,
+    frechet_wavelet_distance,
+    grid_bits,
+    kernel_distance,
+    ms_ssim,
+    psnr,
+    ssim,
+    wavelet_level,
+)
 
 
 def pictures(n, side=16, seed=0, width=None):
@@ -87,6 +100,52 @@ def test_ssim_is_a_mean_over_all_pictures(monkeypatch):
 def test_ssim_of_a_small_picture_says_why():
     with pytest.raises(ValueError, match=r"at least 11 pixels.*16×10"):
         ssim(torch.zeros(1, 3, 10, 16), torch.zeros(1, 3, 10, 16))
+
+
+def slow_ms_ssim(a, b):
+    """One picture: per channel, contrast · structure at four scales and SSIM at the fifth, to the paper's powers."""
+    offsets = np.arange(11) - 5
+    g = np.exp(-(offsets**2) / (2 * 1.5**2))
+    window = np.outer(g, g) / np.outer(g, g).sum()
+    c1, c2 = 0.01**2, 0.03**2
+
+    def filtered(x):
+        from scipy.signal import correlate2d
+
+        return correlate2d(np.pad(x, 5, mode="reflect"), window, mode="valid")
+
+    x, y = ((each.double().numpy() + 1) / 2 for each in (a, b))
+    product = 1.0
+    for scale, power in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
+        terms = []
+        for u, v in zip(x, y, strict=True):
+            mu, mv = filtered(u), filtered(v)
+            uu, vv = filtered(u * u) - mu * mu, filtered(v * v) - mv * mv
+            structure = (2 * (filtered(u * v) - mu * mv) + c2) / (uu + vv + c2)
+            if scale < 4:  # windows that lie inside
+                terms.append(structure[5:-5, 5:-5].mean())
+            else:  # all windows, borders mirrored, as torchmetrics' SSIM
+                terms.append((structure * (2 * mu * mv + c1) / (mu**2 + mv**2 + c1)).mean())
+        product *= max(np.mean(terms), 0) ** power
+        if scale < 4:
+            x, y = (
+                each.reshape(3, each.shape[1] // 2, 2, each.shape[2] // 2, 2).mean((2, 4)) for each in (x, y)
+            )
+    return product
+
+
+def test_ms_ssim_equals_the_formula(monkeypatch):
+    a = pictures(3, side=176, width=208)
+    b = noisy(a, 0.3)
+    each = [slow_ms_ssim(p, q) for p, q in zip(a, b, strict=True)]
+    monkeypatch.setattr(metrics, "CHUNK", 2)
+    assert ms_ssim(a, b) == pytest.approx(np.mean(each), abs=1e-5)
+    assert ms_ssim(a, a) == pytest.approx(1.0)
+
+
+def test_ms_ssim_of_a_small_picture_says_why():
+    with pytest.raises(ValueError, match=r"ms_ssim needs sides of at least 176 pixels.*200×175"):
+        ms_ssim(torch.zeros(1, 3, 175, 200), torch.zeros(1, 3, 175, 200))
 
 
 @pytest.mark.parametrize("metric", [psnr, ssim, frechet_wavelet_distance])
@@ -213,7 +272,201 @@ def test_fwd_needs_two_pictures():
         frechet_wavelet_distance(torch.zeros(1, 3, 8, 8), torch.zeros(2, 3, 8, 8))
 
 
+def direct_fwd(a, b, level):
+    """Nothing of ours: PyWavelets' packets, np.cov, scipy's root of the matrix product."""
+    import pywt
+    from scipy.linalg import sqrtm
+
+    sets = []
+    for x in (a, b):
+        tree = pywt.WaveletPacket2D((x.double().numpy() + 1) / 2, "haar", maxlevel=level, axes=(-2, -1))
+        sets.append({node.path: node.data.reshape(len(x), -1) for node in tree.get_level(level)})
+    total = 0.0
+    for path, p in sets[0].items():
+        q = sets[1][path]
+        sigma, other = np.cov(p.T), np.cov(q.T)
+        root = np.trace(sqrtm(sigma @ other)).real
+        total += ((p.mean(0) - q.mean(0)) ** 2).sum() + np.trace(sigma) + np.trace(other) - 2 * root
+    return total / len(sets[0])
+
+
+@pytest.mark.parametrize(("height", "width", "level"), [(16, 16, 2), (8, 16, 1), (16, 32, 3)])
+def test_fwd_equals_pywavelets_and_scipy(height, width, level):
+    depth = 3 * height * width // 4**level
+    a = pictures(depth + 40, height, seed=1, width=width)
+    b = noisy(pictures(depth + 9, height, seed=2, width=width), 0.2)
+    assert frechet_wavelet_distance(a, b, level) == pytest.approx(direct_fwd(a, b, level), rel=1e-9)
+
+
+def drawn(count, seed, side=32):
+    """Pictures from integer arithmetic, the same on every machine: uint8 (count, 3, side, side)."""
+    n, c, i, j = np.ogrid[:count, :3, :side, :side]
+    hashed = (n * 7919 + c * 104729 + i * 1299709 + j * 15485863 + seed * 86028121) * 2654435761 % 2**32 >> 24
+    waves = (i * (n % 5 + 1) + j * (n % 7 + 1) + c * 40 + n * 11) * (seed + 2) % 256
+    return ((waves * 3 + hashed) // 4).astype(np.uint8)
+
+
+# What `pytorchfwd.fwd.compute_fwd([folder, folder], "haar", level, False, 32, None)` gave for folders of PNG files of
+# `drawn`: the authors' package 1.0.1 with ptwt 0.1.8, scipy 1.11.1, numpy 1.26.4, PyWavelets 1.6.0, torch 2.13.0 (CPU).
+# It asks torchvision for ToTensor and Compose alone; a file of its name with these two stood in. Where pictures are
+# fewer than the numbers of a packet, its root of a singular matrix carries an error of about 1e-6.
+@pytest.mark.parametrize(
+    ("first", "second", "level", "theirs", "tolerance"),
+    [
+        ((90, 1), (70, 2), 3, 1.6458647833321178, 1e-12),
+        ((40, 1, 16), (50, 3, 16), 2, 2.440672032897882, 1e-7),
+        ((90, 1), (70, 2), 2, 9.769105187695788, 1e-6),
+        ((40, 1, 16), (50, 3, 16), 1, 12.03362560386351, 1e-6),
+    ],
+)
+def test_fwd_equals_the_authors_package(first, second, level, theirs, tolerance):
+    a, b = (torch.from_numpy(drawn(*each)).double() / 127.5 - 1 for each in (first, second))
+    assert frechet_wavelet_distance(a, b, level) == pytest.approx(theirs, rel=tolerance)
+
+
+def test_fwd_batch_by_batch_is_the_same():
+    """Whatever the batches, before and after pictures are folded into triangles (48 numbers in a packet here)."""
+    a, b = pictures(150, 16, seed=1), noisy(pictures(49, 16, seed=2), 0.2)
+    whole = frechet_wavelet_distance(a, b)
+    for sizes in ((150,), (1, 2, 47, 100), (48, 48, 54), (149, 1)):
+        first, second = FrechetWavelet(), FrechetWavelet()
+        for part in a.split(list(sizes)):
+            first.update(part)
+        for part in b.split(10):
+            second.update(part)
+        assert first.count == 150 and second.count == 49
+        assert first.distance(second) == pytest.approx(whole, rel=1e-10)
+        assert second.distance(first) == pytest.approx(whole, rel=1e-10)
+        second.update(b[:30])  # more may come after a distance was asked for
+        assert first.distance(second) == pytest.approx(
+            frechet_wavelet_distance(a, torch.cat([b, b[:30]])), rel=1e-10
+        )
+
+
+def test_fwd_keeps_few_pictures_in_memory():
+    wavelet = FrechetWavelet(level=2)
+    for seed in range(6):
+        wavelet.update(pictures(40, 16, seed))
+    assert wavelet.count == 240
+    assert sum(map(len, wavelet._waiting)) <= 48
+    assert {tuple(r.shape) for r in wavelet._roots} == {(49, 49)}
+
+
+def test_fwd_keeps_its_digits():
+    """Two shifted copies of one set differ by the shift alone, however small beside the pictures' own spread."""
+    a = pictures(100, 16, seed=3).double() * 0.9
+    assert frechet_wavelet_distance(a, a + 1e-5, level=2) == pytest.approx(
+        4 * 48 * (4 * 0.5e-5) ** 2 / 64, rel=1e-3
+    )
+
+
+def test_fwd_refuses_what_does_not_belong_together():
+    one, two = FrechetWavelet(), FrechetWavelet(level=1)
+    one.update(pictures(3, 16))
+    with pytest.raises(ValueError, match=r"16×8 pixels among pictures of 16×16"):
+        one.update(pictures(3, 8, width=16))
+    with pytest.raises(ValueError, match="at least 2 pictures in each set, got 3 and 0"):
+        one.distance(two)
+    two.update(pictures(3, 16))
+    with pytest.raises(ValueError, match="different sizes or levels"):
+        one.distance(two)
+
+
+def test_default_dtype_is_left_alone():
+    frechet_wavelet_distance(pictures(4, 8), pictures(4, 8, seed=1))
+    assert torch.get_default_dtype() == torch.float32
+
+
+# --- feature vectors
+
+
+def vectors(n, width=20, seed=0, shift=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(width, width, generator=torch.Generator().manual_seed(9)) / 3
+    return torch.rand(n, width, generator=generator) @ mixing + shift
+
+
+def test_kernel_distance_equals_the_definition():
+    a, b = vectors(7).double(), vectors(5, seed=1, shift=0.1).double()
+
+    def k(x, y):
+        return (float(x @ y) / 20 + 1) ** 3
+
+    within_a = np.mean([k(x, y) for i, x in enumerate(a) for j, y in enumerate(a) if i != j])
+    within_b = np.mean([k(x, y) for i, x in enumerate(b) for j, y in enumerate(b) if i != j])
+    across = np.mean([k(x, y) for x in a for y in b])
+    assert kernel_distance(a.float(), b.float()) == pytest.approx(within_a + within_b - 2 * across, rel=1e-5)
+
+
+def test_kernel_distance_agrees_with_torchmetrics():
+    from torchmetrics.image.kid import poly_mmd
+
+    a, b = vectors(60).double(), vectors(60, seed=1, shift=0.05).double()
+    assert kernel_distance(a, b) == pytest.approx(float(poly_mmd(a, b)), rel=1e-9)
+
+
+def test_kernel_distance_is_unbiased():
+    """Drawn from one distribution, its mean is zero within the noise; the biased estimate is far from it."""
+    pool = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawn_values = [kernel_distance(pool[i : i + 10], pool[i + 10 : i + 20]) for i in range(0, 4000, 20)]
+    standard_error = np.std(drawn_values) / len(drawn_values) ** 0.5
+    assert abs(np.mean(drawn_values)) < 4 * standard_error
+    biased = np.mean([float(((x @ x.T / 8 + 1) ** 3).mean()) for x in pool.split(10)])
+    across = np.mean(
+        [
+            float(((x @ y.T / 8 + 1) ** 3).mean())
+            for x, y in zip(pool[:2000].split(10), pool[2000:].split(10), strict=True)
+        ]
+    )
+    assert 2 * (biased - across) > 20 * standard_error
+
+
+@pytest.mark.parametrize(("n", "m"), [(200, 90), (12, 15), (200, 9)])
+def test_frechet_distance_equals_the_definition(n, m):
+    from scipy.linalg import sqrtm
+
+    a, b = vectors(n).double(), vectors(m, seed=1, shift=0.1).double()
+    sigma, other = np.cov(a.T), np.cov(b.T)
+    if min(n, m) > 20:
+        root = sqrtm(sigma)
+    else:  # scipy's loses half of the digits on singular matrices
+        values, axes = np.linalg.eigh(sigma)
+        root = axes * np.sqrt(np.maximum(values, 0)) @ axes.T
+    eigenvalues = np.linalg.eigvalsh(root @ other @ root)
+    expected = float((a.mean(0) - b.mean(0)).square().sum()) + np.trace(sigma) + np.trace(other)
+    expected -= 2 * np.sqrt(np.maximum(eigenvalues, 0)).sum()
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-5)
+    assert frechet_distance(a, a) < 1e-12
+
+
+@pytest.mark.parametrize("distance", [kernel_distance, frechet_distance])
+def test_feature_distances_refuse(distance):
+    good = vectors(4)
+    for bad, reason in (
+        (good[:1], "N ≥ 2"),
+        (good[0], "N ≥ 2"),
+        (good.long(), "float"),
+        (good * math.nan, "NaN or infinite"),
+        (good[:, :5], "different widths"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            distance(good, bad)
+        with pytest.raises(ValueError, match=reason):
+            distance(bad, good)
+
+
 # --- code use
+
+
+def test_bits_of_codes():
+    assert grid_bits(4, 6, 2, 1024) == 4 * 6 * 2 * 10
+    uniform = torch.arange(8).reshape(1, 2, 4, 1)
+    assert entropy_bits(2, 4, code_use(uniform, 8)["perplexity"]) == pytest.approx(grid_bits(2, 4, 1, 8))
+    skewed = torch.tensor([0, 0, 0, 1]).reshape(1, 2, 2, 1)
+    assert entropy_bits(2, 2, code_use(skewed, 8)["perplexity"]) == pytest.approx(3 * math.log2(4 / 3) + 2)
+    assert entropy_bits(2, 3, [2.0, 8.0]) == 6 * (1 + 3)
+    constant = torch.zeros(1, 2, 2, 3, dtype=torch.int64)
+    assert entropy_bits(2, 2, code_use(constant, 8)["perplexity"]) == 0
 
 
 def test_code_use_of_known_codes():

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import threading
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -169,6 +170,65 @@ def test_pictures_of_several_sizes(tmp_path):
     with pytest.raises(ValueError, match="different grids"):
         store.codes_NhwQ()
     assert [r["id"] for r in store.rejects] == ["2", "5"]
+
+
+class Changing(Varied):
+    """As Varied, with one candidate whose pixels may be others."""
+
+    def __init__(self, dark=None):
+        self.dark = dark
+
+    def load(self, start, stop):
+        loaded = super().load(start, stop)
+        for record, x_CHW in zip(loaded.records, loaded.x_BCHW, strict=True):
+            if record.id == self.dark:
+                x_CHW.zero_()
+        return loaded
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
+def test_without_a_digest_each_shard_knows_its_pictures(tmp_path, batch_size):
+    """However the pieces are cut, the same pictures are recognised, and a changed one costs its shard alone."""
+    write(tmp_path / "store", made=Varied(), shard_size=3)
+    before = contents(tmp_path / "store")
+    same = write(tmp_path / "store", made=Changing(), shard_size=3, batch_size=batch_size)
+    assert (same["kept"], same["encoded"]) == (3, 0) and contents(tmp_path / "store") == before
+    other = write(tmp_path / "store", made=Changing("3"), shard_size=3, batch_size=batch_size)
+    assert (other["kept"], other["encoded"]) == (2, 1)
+    assert "shard-00001.parquet: was made of other pictures" in other["damage"][0]
+    row = CodeStore.open(tmp_path / "store")[2]
+    assert torch.equal(row.codes_hwQ, FakeTokenizer().encode(torch.zeros(1, 3, 8, 12))[0])
+
+
+def test_pictures_are_loaded_ahead_of_the_encoder(tmp_path):
+    """While a piece is encoded the next one is already being loaded."""
+    made = pictures(12, 0, [])
+    load, begun, encoded = made.load, {start: threading.Event() for start in (0, 3, 6, 9)}, []
+
+    def loading(start, stop):
+        begun[start].set()
+        return load(start, stop)
+
+    def encoding(x_BCHW):
+        encoded.append(len(x_BCHW))
+        following = begun.get(3 * len(encoded))
+        assert following is None or following.wait(5), "the next piece waits for the encoder"
+        return FakeTokenizer().encode(x_BCHW)
+
+    made.load = loading
+    write(tmp_path / "store", made=made, encode=encoding, shard_size=12)
+    assert encoded == [3, 3, 3, 3]
+
+
+def test_what_fails_while_loading_is_raised(tmp_path):
+    made = pictures()
+
+    def loading(start, stop):
+        raise ConfigError("no more")
+
+    made.load = loading
+    with pytest.raises(ConfigError, match="no more"):
+        write(tmp_path / "store", made=made)
 
 
 def test_rejects_are_recorded(tmp_path):
@@ -691,9 +751,7 @@ def test_progress_reaches_the_number_of_candidates(tmp_path, again):
     for index in range(writer.shards):
         writer.write_shard(index, counts.append)
     assert sum(counts) == 15
-    assert len(counts) == (
-        4 if again else 11
-    )  # kept shards at once; new ones batch by batch, then their rejects
+    assert len(counts) == (4 if again else 8)  # kept shards at once, new ones piece by piece, then rejects
 
 
 def test_manifest_lists_the_hash_of_every_file(tmp_path):

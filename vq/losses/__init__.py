@@ -2,7 +2,7 @@
 
 A loss has one name: its key in the configuration, in the logs and in the sum. Dropping its line drops the loss.
 
-    reconstruction.py  pixels against pixels         adversarial.py  a discriminator, watched
+    reconstruction.py  pixels against pixels         adversarial.py  a discriminator
     perceptual.py      features against features     semantic.py     latents against captions
     codes.py           latents against their codes
 """

@@ -6,8 +6,10 @@ nothing of pixels.
     residual.py   learned codebooks: VQ and residual VQ      product.py   several small codebooks side by side
     library.py    SimVQ, LFQ, BSQ, FSQ and residual kin      gumbel.py, ibq.py   every code gets a gradient
     none.py       continuous: the latent passes
+    nearest.py    the nearest code of each vector            soft.py      probabilities over all codes
 
-Legend: B batch, D latent width, h w grid, Q depth (codes per position), K codebook size, N = B·h·w vectors.
+Legend: B batch, D latent width, D' width of a codebook's vectors, h w grid, Q depth (codes per position), K codebook
+size, N = B·h·w vectors.
 """
 
 from __future__ import annotations
@@ -20,7 +22,12 @@ from torch import Tensor, nn
 
 @dataclass
 class Quantized:
-    """What a quantizer returns."""
+    """What a quantizer returns.
+
+    A quantizer that drops depths while training (`least_depth`) returns the codes of the kept ones alone, so that
+    codes_BhwQ may then have fewer than `depth` columns: those of depths 0, 1, … in order. No value stands for "no
+    code"; whoever counts codes may count all that is there. In eval all depths are there.
+    """
 
     z_BDhw: Tensor  # quantized latent; gradients reach the encoder through it
     codes_BhwQ: Tensor | None  # int64 in [0, K); None from NoQuantizer
@@ -47,7 +54,7 @@ class Quantizer(nn.Module):
 
 
 class CodebookQuantizer(Quantizer):
-    """A quantizer with learned codebooks, which `vq/codebook.py` may re-initialise.
+    """A quantizer whose codes are the Euclidean-nearest vectors of learned codebooks, which may be re-initialised.
 
     A *book* is a codebook; depths that share one have the same book. The depths are walked in order:
     `start(z)` gives the state, `vectors(state, depth)` what that depth's codes are compared with,
@@ -61,7 +68,7 @@ class CodebookQuantizer(Quantizer):
         raise NotImplementedError
 
     def codebook(self, book: int) -> Tensor:
-        """(K, D'): the vectors among which the nearest is taken, as a view of what is stored; D' ≤ D."""
+        """(K, D'): the vectors among which the nearest is taken, D' ≤ D. To be read; `replace_codes` writes."""
         raise NotImplementedError
 
     def book_parameter(self, book: int) -> nn.Parameter | None:
@@ -74,7 +81,7 @@ class CodebookQuantizer(Quantizer):
 
     def start(self, z_BDhw: Tensor) -> Tensor:
         """(B,D,h,w) → state (N,D) float32."""
-        return z_BDhw.float().permute(0, 2, 3, 1).reshape(-1, self.dim)
+        return to_rows(z_BDhw.float())
 
     def vectors(self, state_ND: Tensor, depth: int) -> Tensor:
         """State → (N, D'): what the codes of one depth are compared with."""
@@ -83,6 +90,23 @@ class CodebookQuantizer(Quantizer):
     def leave(self, state_ND: Tensor, depth: int, indices_N: Tensor) -> Tensor:
         """State after one depth has chosen its codes."""
         raise NotImplementedError
+
+
+def to_rows(z_BDhw: Tensor) -> Tensor:
+    """(B,D,h,w) → (N,D), position after position."""
+    return z_BDhw.permute(0, 2, 3, 1).reshape(-1, z_BDhw.shape[1])
+
+
+def to_grid(x_ND: Tensor, like_BDhw: Tensor) -> Tensor:
+    """(N,D) → (B,D,h,w), the inverse of `to_rows`; B, h and w are those of `like_BDhw`."""
+    B, _, h, w = like_BDhw.shape
+    return x_ND.reshape(B, h, w, x_ND.shape[1]).permute(0, 3, 1, 2)
+
+
+def check_sizes(dim: int, codebook_size: int, depth: int = 1) -> None:
+    """ValueError unless there is something to quantize and something to choose from."""
+    if dim < 1 or depth < 1 or codebook_size < 2:
+        raise ValueError(f"dim={dim}, depth={depth}, codebook_size={codebook_size}: need at least 1, 1 and 2")
 
 
 def check_codes(codes_BhwQ: Tensor, depth: int, codebook_size: int) -> None:
