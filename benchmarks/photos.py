@@ -11,10 +11,10 @@ Every cell is the default tokenizer of `vq-train` (f = 8) with another quantizer
 batches of the same crops, on the same learning rate; it is measured on crops of photos that it has never seen. What is
 done can be stopped and is resumed; a finished cell is not run again.
 
-The photos are the landscapes of the Debian package endless-sky-data: 273 JPEG files of 720×360 pixels, 182 of them in
-the public domain and 91 under CC BY-SA 3.0 or 4.0, by file name in the package's copyright file. They are fetched by
-the package's name into a cache and not redistributed; the sheet shows public-domain ones only. Landscapes and cities,
-few faces, animals or interiors, once compressed already: a small test bed, not ImageNet.
+The photos are the landscapes of the Debian package endless-sky-data: 273 JPEG files of 720×360 pixels, two thirds of
+them in the public domain and the others under CC BY-SA 3.0 or 4.0, by file name in the package's copyright file. They
+are fetched by the package's name into a cache and not redistributed; the sheet shows public-domain ones only.
+Landscapes and cities, few faces, animals or interiors, compressed once already: a small test bed, not ImageNet.
 
 Legend: N pictures, B batch, H W picture, Q codes per cell.
 """
@@ -129,8 +129,9 @@ def command(words: list[str], folder: str) -> None:
 
 
 def public_domain(copyright_file: Path, names: Sequence[str]) -> set[str]:
-    """Names of land pictures in the public domain, by Debian's copyright format: the last pattern that fits holds."""
-    licences: dict[str, str] = {}
+    """Names of land pictures that every pattern for them calls public domain. (In Debian's format the last pattern that
+    fits holds, but "desert1*" there also fits "desert10-sfiera.jpg", which a pattern before it gives to its author.)"""
+    licences: dict[str, set[str]] = {name: set() for name in names}
     for paragraph in copyright_file.read_text(encoding="utf-8").split("\n\n"):
         fields: dict[str, list[str]] = {}
         current: list[str] = []
@@ -142,9 +143,10 @@ def public_domain(copyright_file: Path, names: Sequence[str]) -> set[str]:
         patterns = " ".join(fields.get("Files", [])).split()
         licence = fields.get("License", [""])[0]
         for name in names:
-            if any(fnmatch(f"images/land/{name}", pattern) for pattern in patterns):
-                licences[name] = licence
-    return {name for name, licence in licences.items() if licence == "public-domain"}
+            land = [pattern for pattern in patterns if pattern.startswith("images/land/")]
+            if any(fnmatch(f"images/land/{name}", pattern) for pattern in land):
+                licences[name].add(licence)
+    return {name for name, found in licences.items() if found == {"public-domain"}}
 
 
 def crops(image: Image.Image) -> list[Tensor]:

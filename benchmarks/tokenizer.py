@@ -2,10 +2,10 @@
 
     python benchmarks/tokenizer.py [--profile] [--no-compile] [--pictures N] [--out [FILE]]
 
-Predictions, to be held against what it prints: in bf16 channels_last the encoder of a network of VQ-16's size (LlamaGen,
-128 channels times 1, 1, 2, 2, 4) reaches at least 75 % of the conv limit, and `vq-encode`, from files on disk
-to a finished store, at least 90 % of the speed of the bare encoder. Speed is printed and never fails; the exit code is
-1 where the rows of the store are not the codes of the bare encoder.
+Predictions, to be held against what it prints: in bf16 channels_last the encoder of a network of the size of LlamaGen's
+VQ-16 (128 channels times 1, 1, 2, 2, 4) reaches at least 75 % of the conv limit, and `vq-encode`, from files on disk to
+a finished store, at least 90 % of the speed of the bare encoder. Speed is printed and never fails; the exit code is 1
+where a row of the store does not hold the codes of the bare encoder.
 
 The conv limit: every convolution of the network, with its own weight and an input of its own shape, in bf16
 channels_last, one after another with nothing between. Contestants take turns, so that they share the weather of the

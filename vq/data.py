@@ -518,17 +518,20 @@ class PictureSet:
 def bucket_shape(size: int, aspect: float, multiple: int = 1) -> tuple[int, int]:
     """(height, width) of about `size`² pixels with width/height near `aspect`, both multiples of `multiple`.
 
-    Of the multiples below and above the exact sides, the pair whose proportions and area are off by the least
-    (both as ratios, the two added). An aspect of 1 gives (size, size) where `multiple` divides `size`.
+    Of the multiples below and above the exact sides, the pair whose proportions and area are off by the least (both
+    as ratios, the two added; among equals the truest proportions). An aspect of 1 gives (size, size) where `multiple`
+    divides `size`; 1/aspect gives the same shape lying on its other side.
     """
 
     def around(side: float) -> tuple[int, int]:
         below = max(1, math.floor(side / multiple + 1e-9))
         return below * multiple, (below + 1) * multiple
 
-    def off(shape: tuple[int, int]) -> float:
+    def off(shape: tuple[int, int]) -> tuple[float, float, int]:
         high, wide = shape
-        return abs(math.log(wide / high / aspect)) + abs(math.log(high * wide / size**2))
+        proportions = abs(math.log(wide / high / aspect))
+        area = abs(math.log(high * wide / size**2))
+        return round(proportions + area, 9), round(proportions, 9), -high * wide
 
     heights, widths = around(size / math.sqrt(aspect)), around(size * math.sqrt(aspect))
     return min(((high, wide) for high in heights for wide in widths), key=off)

@@ -27,7 +27,8 @@ TINY = {
     "DCAEEncoder": {"channels": [8, 16], "blocks": 1, "patch": 2, "attention": 1},
     "VqganEncoder": {"channels": [8, 8, 16], "blocks": 1, "attention": [2], "groups": 4},
 }
-NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+# those that name classes; the others give sizes to one of them
+NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml") if "_target_" in path.read_text())
 SIZES = [(16, 16), (8, 20), (24, 4)]
 
 

@@ -571,12 +571,17 @@ def test_shapes_are_multiples_of_about_the_area(aspect, multiple):
     assert high % multiple == wide % multiple == 0
     assert abs(np.log(wide / high / aspect)) <= multiple / 150 + 0.01
     assert abs(np.log(high * wide / 256**2)) <= multiple / 150 + 0.01
+    assert bucket_shape(256, 1 / aspect, multiple) == (wide, high)
 
 
 def test_shapes_by_hand():
     assert bucket_shape(32, 1.0, 8) == (32, 32)
     assert bucket_shape(64, 4.0, 8) == (32, 128) and bucket_shape(64, 0.25, 8) == (128, 32)
     assert bucket_shape(8, 10.0, 8) == (8, 32)  # never below one multiple
+    assert bucket_shape(16, 2.0, 8) == (8, 16) and bucket_shape(16, 0.5, 8) == (
+        16,
+        8,
+    )  # three are equally off
     assert nearest_shape([(32, 32), (24, 40), (40, 24)], 100, 60) == (24, 40)
     assert nearest_shape([(32, 32), (24, 40), (40, 24)], 60, 100) == (40, 24)
     # the border between two shapes is the geometric mean of their proportions: sqrt(1 * 4) = 2

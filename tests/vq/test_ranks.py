@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from on_ranks import run_on_ranks, train, train_all
+from on_ranks import make_model, make_models, run_on_ranks, train, train_all
 from safetensors.torch import load_file
 from tiny import small_quantizers
 
@@ -17,7 +17,7 @@ NODES = {name: node | {"temperature": 0.5} if "temperature" in node else node fo
 def ranks(tmp_path_factory):
     """What each of two processes has after some steps on half of each batch: tensors by name/key."""
     folder = tmp_path_factory.mktemp("ranks")
-    run_on_ranks(train_all, folder, NODES)
+    run_on_ranks(train_all, folder, NODES, before=make_models)
     return [load_file(folder / f"rank-{rank}.safetensors") for rank in range(2)]
 
 
@@ -26,7 +26,7 @@ def test_ranks_agree_with_each_other_and_with_one_process(name, ranks, monkeypat
     first, second = ({k: v for k, v in each.items() if k.startswith(f"{name}/")} for each in ranks)
     monkeypatch.setattr(gumbel, "gumbel_noise", gumbel.gumbel_noise)  # `train` puts its own there
     kept = first[f"{name}/kept"]
-    alone = train(NODES[name], 0, 1, kept if NODES[name].get("least_depth") else None)
+    alone = train(make_model(NODES[name]), 0, 1, kept if NODES[name].get("least_depth") else None)
     assert first.keys() == second.keys() == {f"{name}/{key}" for key in alone}
     for key, expected in alone.items():
         assert torch.equal(first[f"{name}/{key}"], second[f"{name}/{key}"]), key

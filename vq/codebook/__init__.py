@@ -78,8 +78,9 @@ class CodebookReset:
     ) -> list[int]:
         """After a training step: count, and at the end of a window replace. Returns replacements per book, or [].
 
-        codes_BhwQ: may lack the last depths, which quantizer dropout leaves out; entries below 0 are not counted. progress: share of the
-        run done, in [0, 1]. optimizer: where it updates the codebook, its moments of replaced codes become zero.
+        codes_BhwQ: may lack the last depths, which quantizer dropout leaves out; entries below 0 are not counted.
+        progress: share of the run done, in [0, 1]. optimizer: where it updates the codebook, its moments of replaced
+        codes become zero.
         """
         self.batches += 1
         if not self.start.done:
@@ -99,9 +100,7 @@ class CodebookReset:
     def _count(self, quantizer: CodebookQuantizer, codes_BhwQ: Tensor) -> Tensor:
         """Adds this batch, of all ranks, to the window's counts (G,K)."""
         counts_QK = sum_over_ranks(count_codes(codes_BhwQ, quantizer.codebook_size))
-        books_Q = torch.tensor(
-            [quantizer.book_of(d) for d in range(quantizer.depth)], device=counts_QK.device
-        )
+        books_Q = torch.tensor([quantizer.book_of(d) for d in range(len(counts_QK))], device=counts_QK.device)
         new_GK = counts_QK.new_zeros(quantizer.books, quantizer.codebook_size).index_add_(
             0, books_Q, counts_QK
         )

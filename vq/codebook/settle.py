@@ -117,10 +117,10 @@ def lloyd(
     rounds = min(rounds, int(PAIRS / K / len(x_ND)))
     for turn in range(rounds):
         x_ND = thinned(give(), max(PER_CODE * K, LEAST_ROWS)) if turn else x_ND
-        _lloyd_round(quantizer, book, x_ND, LOW if turn < REDRAWN * rounds else 0.0, random)
+        lloyd_round(quantizer, book, x_ND, LOW if turn < REDRAWN * rounds else 0.0, random)
 
 
-def _lloyd_round(
+def lloyd_round(
     quantizer: CodebookQuantizer, book: int, x_ND: Tensor, low: float, random: torch.Generator
 ) -> None:
     """Each code becomes the mean of its vectors; those used at most `low` · average are drawn anew."""
