@@ -29,11 +29,15 @@ def load(script: str) -> Command:
     return main
 
 
+COMPOSED: dict[str, dict[tuple[str, ...], Any]] = {}  # by command, then by overrides
+
+
 class Composer:
     """Composes one command's configuration, and remembers which files took part."""
 
     def __init__(self, main: Command) -> None:
         self.name = main.config_name
+        self.composed = COMPOSED.setdefault(self.name, {})
         defaults = OmegaConf.load(CONF / f"{self.name}.yaml").get("defaults", [])
         groups = [item for each in defaults if OmegaConf.is_dict(each) for item in each.items()]
         self.lists = {str(group): str(chosen[0]) for group, chosen in groups if OmegaConf.is_list(chosen)}
@@ -48,7 +52,12 @@ class Composer:
         self.context.__exit__(*error)
 
     def compose(self, *overrides: str) -> tuple[dict[str, Any], dict[str, str | None]]:
-        """The plain configuration, and the choice made in each group of ours."""
+        """The plain configuration, and the choice made in each group of ours. Composed once: it takes a while."""
+        if overrides not in self.composed:
+            self.composed[overrides] = self._compose(overrides)
+        return self.composed[overrides]
+
+    def _compose(self, overrides: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str | None]]:
         config = hydra.compose(self.name, list(overrides), return_hydra_config=True)
         choices = {
             key: each for key, each in config.hydra.runtime.choices.items() if not key.startswith("hydra/")
@@ -56,7 +65,8 @@ class Composer:
         # hydra does not report a group that takes a list; a single choice stands for it here
         given = dict(each.split("=") for each in overrides)
         choices |= {group: given.get(group, first) for group, first in self.lists.items()}
-        plain = hydra.compose(self.name, list(overrides))
+        OmegaConf.set_struct(config, False)
+        plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
         return OmegaConf.to_container(plain, resolve=True, throw_on_missing=False), choices  # type: ignore
 
     def options(self, group: str) -> list[str]:
