@@ -54,8 +54,9 @@ class Watch(NoWatch):
     PSNR may fall below the best before it is said, once for each fall.
 
     PSNR is measured in fp32 through the codes, on the weights that would be saved (the averaged ones, where an average
-    is taken); during a continuous warm-up without codes. The best tokenizer lies in best/, loadable at any time. A
-    resumed run goes on with the best and the alarms of the batches that it keeps.
+    is taken); not during a continuous warm-up, which has no codes to compare by. The best tokenizer lies in best/,
+    loadable at any time; the final one takes its place if it is as good. A resumed run goes on with the best and the
+    alarms of the batches that it keeps.
     """
 
     def __init__(self, every: int = 200, pictures: int = 64, tolerance: float = 1.0):
@@ -97,14 +98,16 @@ class Watch(NoWatch):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, TokenizerLearner)
+        if pl_module.progress < pl_module.continuous:
+            return
         if pl_module.batches_seen % self.every == 0 or pl_module.progress >= 1:
             self._look(pl_module)
 
     def _look(self, learner: TokenizerLearner) -> None:
         model: Any = learner.result
-        level, used = measure(model, self.sets, learner.progress < learner.continuous)
+        level, used = measure(model, self.sets)
         entry = {"batch": learner.batches_seen, "samples": learner.samples_seen, "psnr": level}
-        entry["codes_used"] = used
+        entry["codes_in_use"] = used
         had_fallen, better = self.fallen, not self.entries or level > self.best["psnr"]
         self.entries.append(entry)
         entry["alarm"] = self.fallen and not had_fallen
@@ -139,7 +142,11 @@ class Watch(NoWatch):
 
     def conclude(self, tokenizer: ImageTokenizer) -> dict[str, Any]:
         self._read()
-        self.final, _ = measure(tokenizer, self.sets, continuous=False)
+        self.final, used = measure(tokenizer, self.sets)
+        best = self._kept()
+        if best is None or self.final >= best["psnr"]:
+            last = self.entries[-1] if self.entries else {"batch": 0, "samples": 0}
+            self._keep(tokenizer, {**last, "psnr": self.final, "codes_in_use": used, "alarm": False})
         found = {
             "split": self.split,
             "pictures": sum(map(len, self.sets)),
@@ -183,22 +190,20 @@ def spread(sets: Sequence[PictureSet], count: int) -> list[PictureSet]:
     return found
 
 
-def measure(
-    tokenizer: ImageTokenizer, sets: Sequence[PictureSet], continuous: bool
-) -> tuple[float, list[int] | None]:
+def measure(tokenizer: ImageTokenizer, sets: Sequence[PictureSet]) -> tuple[float, list[int] | None]:
     """Mean PSNR in dB over all pictures, and the number of distinct codes per depth (None without codes).
 
     PSNR as in `vq.metrics.psnr`, but from 0 dB (the largest error there is, which reconstructions that are not finite
-    count as) to 100 dB. continuous: past the quantizer. Leaves the tokenizer, and the random numbers, as they were.
+    count as) to 100 dB. Leaves the tokenizer, and the random numbers, as they were.
     """
     levels: list[Tensor] = []
-    use = CodeUse(tokenizer.depth, tokenizer.codebook_size) if tokenizer.depth and not continuous else None
+    use = CodeUse(tokenizer.depth, tokenizer.codebook_size) if tokenizer.depth else None
     device = next(tokenizer.parameters()).device
     with undisturbed(tokenizer, device):
         for pictures in sets:
             for bytes_BCHW in pictures.x_NCHW.split(AT_ONCE):
                 x_BCHW = from_bytes(bytes_BCHW).to(device)
-                made = tokenizer.autoencode(x_BCHW) if continuous else tokenizer(x_BCHW)
+                made = tokenizer(x_BCHW)
                 errors_B = (made.x_BCHW.clamp(-1, 1) - x_BCHW).square().flatten(1).mean(1).cpu().double()
                 levels.append(10 * torch.log10(4 / errors_B.nan_to_num(4.0).clamp(4e-10, 4.0)))
                 if use is not None and made.quantized.codes_BhwQ is not None:

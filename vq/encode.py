@@ -42,6 +42,10 @@ def encode(
     if batch_size < 1 or shard_size < 1:
         raise ConfigError(f"batch_size={batch_size}, shard_size={shard_size}: both must be at least 1")
     model = ImageTokenizer.from_pretrained(tokenizer).to(detect(device, "fp32").device)
+    if not model.depth:
+        raise ConfigError(
+            f"tokenizer={tokenizer} is continuous (quantizer=none), it has no codes to store: train one with codes"
+        )
     settle_size(images, model)
     source = {name: getattr(images, name) for name in ("size", "aspects", "fit", "holdout", "seed")}
     source |= {"shape": images.shape, "source": images.source.name}  # a store holds pictures of one shape

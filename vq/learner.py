@@ -100,11 +100,11 @@ class TokenizerLearner(Learner):
         replaced = self.reset.observe(
             self.model.quantizer, z, made.quantized.codes_BhwQ, self.progress, self.optimizer
         )
-        return logs | {f"replaced_{depth}": float(count) for depth, count in enumerate(replaced)}
+        return logs | {f"replaced_{book}": float(count) for book, count in enumerate(replaced)}
 
     @torch.no_grad()
     def finish(self, sets: list[PictureSet], batch_size: int) -> list[int]:
-        """After training: see to it that every code is used on the training pictures. Unused ones per depth."""
+        """After training: see to it that every code is used on the training pictures. Unused ones per book."""
         model: Any = self.result.eval()
         if not isinstance(model.quantizer, CodebookQuantizer):
             return []

@@ -21,6 +21,7 @@ from vq.data import ImageData
 from vq.evaluate import report, settle_size
 from vq.learner import TokenizerLearner
 from vq.losses.semantic import save_scorer
+from vq.quantizers import CodebookQuantizer
 from vq.tokenizer import ImageTokenizer
 from vqlm.command import command
 from vqlm.errors import ConfigError
@@ -52,8 +53,12 @@ def train(
     settle_size(images, tokenizer)
     training = learner(tokenizer=tokenizer)
     print(f"{describe(tokenizer)} on {hardware}")
+    if not isinstance(tokenizer.quantizer, CodebookQuantizer) and tokenizer.depth:
+        print(f"reset: {type(tokenizer.quantizer).__name__} has no codebook to re-initialise, so none is")
     images.setup()
     print(images.report())
+    if batch_size > (count := sum(map(len, images.train_sets))):
+        print(f"batch_size={batch_size}: a batch repeats pictures, there are {count}")
     folder = Path(out)
     write_json(folder / "rejects.json", images.rejects)
     watch.look_at(images, folder)
@@ -104,7 +109,7 @@ def finish(training: TokenizerLearner, images: ImageData, batch_size: int, targe
     unused = training.finish(images.train_sets, batch_size)
     if any(unused):
         print(
-            f"codes that no training picture uses, per depth: {unused}: the set has too few distinct patches"
+            f"codes that no training picture uses, per codebook: {unused}: the set has too few distinct patches"
         )
     result: Any = training.result
     save_scorer(training.terms, result, target.parent / "scorer")

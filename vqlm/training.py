@@ -23,7 +23,7 @@ import lightning as L
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
 from vqlm.errors import ConfigError, Interrupted
@@ -76,6 +76,7 @@ class Learner(L.LightningModule):
     optimizer: parameters → optimizer, with its base learning rate. clip: largest gradient norm. max_bad_batches: a
     batch whose loss or gradient is not finite is skipped before any weight is updated; so many in a row end the run.
     average: decay of an exponential moving average of the weights, which is then the `result`; null: the last weights.
+    Its first steps decay faster, (1 + n) / (10 + n) at step n, or a short run would be left with its first weights.
     companions: modules trained beside the model and left out of it (a text encoder that a loss needs, say).
     """
 
@@ -97,7 +98,7 @@ class Learner(L.LightningModule):
         self.automatic_optimization = False
         self.model, self.budget, self.clip, self.max_bad_batches = model, budget, clip, max_bad_batches
         self.companions = nn.ModuleDict(companions)
-        self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(average)) if average else None
+        self.averaged = AveragedModel(model, avg_fn=warmed_average(average)) if average else None
         self.optimizer = optimizer(self.parameter_groups())
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.batches_seen = 0
@@ -240,6 +241,15 @@ class Learner(L.LightningModule):
             torch.cuda.set_rng_state(parts["random"]["cuda"].cpu())
         for name, value in data["counters"].items():
             setattr(self, name, value)
+
+
+def warmed_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
+    """For `AveragedModel`: average, new value and steps averaged so far → the next average."""
+
+    def step(average: Tensor, value: Tensor, n: Tensor | int) -> Tensor:
+        return torch.lerp(value, average, min(decay, (1 + int(n)) / (10 + int(n))))
+
+    return step
 
 
 def sample_count(batch: Any) -> int:

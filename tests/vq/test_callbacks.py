@@ -90,7 +90,7 @@ def test_pictures_are_spread_over_all_sets():
 def test_psnr_is_that_of_codes_decoded():
     tokenizer = make_tokenizer().train()
     sets = [picture_set(5), picture_set(3, 8, 24, seed=1)]
-    level, used = measure(tokenizer, sets, continuous=False)
+    level, used = measure(tokenizer, sets)
     codes = [tokenizer.encode(from_bytes(each.x_NCHW)) for each in sets]
     pairs = zip(sets, codes, strict=True)
     levels = [psnr(from_bytes(each.x_NCHW), tokenizer.decode(code)) for each, code in pairs]
@@ -102,8 +102,8 @@ def test_psnr_is_that_of_codes_decoded():
 def test_what_is_not_finite_has_the_worst_psnr():
     tokenizer = make_tokenizer()
     tokenizer.decoder.last_weight.data.fill_(float("nan"))
-    assert measure(tokenizer, [picture_set(3)], continuous=False)[0] == 0
-    assert measure(Perfect(), [picture_set(3)], continuous=False)[0] == pytest.approx(100)
+    assert measure(tokenizer, [picture_set(3)])[0] == 0
+    assert measure(Perfect(), [picture_set(3)])[0] == pytest.approx(100)
 
 
 class Perfect(ImageTokenizer):
@@ -117,13 +117,22 @@ class Perfect(ImageTokenizer):
         return made
 
 
-def test_before_the_codes_the_latent_passes():
-    tokenizer = make_tokenizer()
-    level, used = measure(tokenizer, [TRAIN], continuous=True)
-    with torch.no_grad():
-        made = tokenizer.autoencode(from_bytes(TRAIN.x_NCHW)).x_BCHW.clamp(-1, 1)
-    assert level == pytest.approx(psnr(from_bytes(TRAIN.x_NCHW), made), abs=1e-5)
-    assert used is None
+def test_a_warm_up_without_codes_is_not_measured(tmp_path):
+    """PSNR past the quantizer is of another kind: kept as the best it would hold codes that were never trained."""
+    learner = learner_of(8)
+    learner.continuous = 0.6
+    watched(learner, tmp_path)
+    assert [entry["batch"] for entry in read_log(tmp_path / "watch.jsonl")] == [8]
+
+
+def test_a_final_tokenizer_that_is_better_becomes_the_best(tmp_path):
+    watch = watched(learner_of(4), tmp_path)
+    record = tmp_path / "best" / "watch.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "psnr": 1.0}))
+    final = make_tokenizer(seed=3)
+    found = watch.conclude(final)["watch"]
+    assert found["best"] == found["final"] > 1
+    assert ImageTokenizer.from_pretrained(tmp_path / "best").fingerprint == final.fingerprint
 
 
 # --- nothing is changed ---------------------------------------------------------------------------------------
@@ -168,7 +177,7 @@ def test_flags_and_random_numbers_are_put_back():
     tokenizer.encoder.layers.append(Noisy())
     flags = [module.training for module in tokenizer.modules()]
     before = torch.get_rng_state()
-    measure(tokenizer, [TRAIN], continuous=False)
+    measure(tokenizer, [TRAIN])
     assert [module.training for module in tokenizer.modules()] == flags
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -186,7 +195,7 @@ def test_the_best_tokenizer_is_kept_and_loads(tmp_path):
     best = max(entries, key=lambda entry: entry["psnr"])
     assert watch.best == best
     kept = ImageTokenizer.from_pretrained(tmp_path / "best")
-    assert measure(kept, watch.sets, continuous=False)[0] == pytest.approx(best["psnr"], abs=1e-9)
+    assert measure(kept, watch.sets)[0] == pytest.approx(best["psnr"], abs=1e-9)
     found = watch.conclude(kept)["watch"]
     assert found["best"] == best["psnr"] == pytest.approx(found["final"])
     assert (found["best_batch"], found["alarms"], found["worse"]) == (best["batch"], [], False)
@@ -197,8 +206,8 @@ def test_the_best_tokenizer_is_kept_and_loads(tmp_path):
 def test_an_averaged_tokenizer_is_measured_where_an_average_is_taken(tmp_path):
     learner = learner_of(4, average=0.999)
     watch = watched(learner, tmp_path)
-    level = measure(learner.result, watch.sets, continuous=False)[0]  # type: ignore[arg-type]
-    assert watch.entries[-1]["psnr"] == level != measure(learner.model, watch.sets, continuous=False)[0]
+    level = measure(learner.result, watch.sets)[0]  # type: ignore[arg-type]
+    assert watch.entries[-1]["psnr"] == level != measure(learner.model, watch.sets)[0]
 
 
 def spoiled(batches):
@@ -226,7 +235,7 @@ def test_a_ruined_run_says_so_once_for_each_fall_and_leaves_the_best(tmp_path, c
 
     final = learner.result
     kept = ImageTokenizer.from_pretrained(tmp_path / "best")
-    levels = [measure(each, IMAGES.heldout_sets, False)[0] for each in (kept, final)]  # type: ignore[arg-type]
+    levels = [measure(each, IMAGES.heldout_sets)[0] for each in (kept, final)]  # type: ignore[arg-type]
     assert levels[0] > levels[1] + 1
     found = watch.conclude(final)["watch"]  # type: ignore[arg-type]
     assert found["worse"] and found["alarms"] == falls
@@ -250,7 +259,7 @@ def test_a_resumed_run_keeps_best_and_alarms_without_duplicates(tmp_path):
         watched(spoiled(36), tmp_path / "parts", batches=lambda total: Terminated(pictures(total), 29))
     log = tmp_path / "parts" / "watch.jsonl"
     assert any(entry["alarm"] for entry in read_log(log))
-    later = {"batch": 32, "samples": 1, "psnr": 99.0, "codes_used": None, "alarm": True}
+    later = {"batch": 32, "samples": 1, "psnr": 99.0, "codes_in_use": None, "alarm": True}
     with log.open("a") as file:  # what a kill leaves: a batch measured after the checkpoint, and half a line
         file.write(json.dumps(later) + '\n{"batch": 36, "sam')
     watch = watched(spoiled(36), tmp_path / "parts")

@@ -7,7 +7,9 @@ from tiny import draw_shape, make_tokenizer, write_pictures
 from vq.data import ImageData, ImageFolder
 from vq.encode import StreamedPictures, encode
 from vq.images import open_image, to_pixels
+from vq.quantizers.none import NoQuantizer
 from vq.store import CodeStore
+from vq.tokenizer import ImageTokenizer
 from vqlm.errors import ConfigError
 from vqlm.files import sha256
 
@@ -116,3 +118,11 @@ def test_a_picture_that_has_changed_is_encoded_again(tmp_path, folder, tokenizer
         "shard-00000.parquet",
         "manifest.json",
     }
+
+
+def test_a_continuous_tokenizer_is_refused_before_anything_is_read(tmp_path, folder):
+    tiny = make_tokenizer()
+    ImageTokenizer(tiny.encoder, NoQuantizer(4), tiny.decoder, 16).save_pretrained(tmp_path / "continuous")
+    with pytest.raises(ConfigError, match="continuous.*no codes"):
+        run(folder, str(tmp_path / "continuous"), tmp_path / "store")
+    assert not (tmp_path / "store").exists()

@@ -190,7 +190,7 @@ def test_the_pictures_of_a_bad_batch_are_named(tmp_path):
 def test_averaged_weights_are_the_result_and_survive_a_resumed_run(tmp_path):
     def learner(batches):
         torch.manual_seed(0)
-        return tokenizer_learner(batches, average=0.5)
+        return tokenizer_learner(batches, average=0.2)
 
     whole, first = learner(4), learner(4)
     before = whole.model.decoder.last_weight.detach().clone()
@@ -198,8 +198,9 @@ def test_averaged_weights_are_the_result_and_survive_a_resumed_run(tmp_path):
     whole.after_step = lambda: weights.append(whole.model.decoder.last_weight.detach().clone()) or {}
     fit(whole, pictures, tmp_path / "whole", CPU, "test")
     expected = weights[0]  # the first average is the weight itself
-    for weight in weights[1:]:
-        expected = 0.5 * expected + 0.5 * weight
+    for n, weight in enumerate(weights[1:], 1):
+        decay = min(0.2, (1 + n) / (10 + n))  # 2/11, then the decay that was asked for
+        expected = decay * expected + (1 - decay) * weight
     torch.testing.assert_close(whole.result.decoder.last_weight, expected)
     assert not torch.equal(before, expected)
     assert torch.equal(whole.result.quantizer.codebook(0), whole.model.quantizer.codebook(0))

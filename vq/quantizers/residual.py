@@ -8,7 +8,7 @@
     LibraryResidualQuantizer    as ResidualQuantizer, by the library's own forward pass: the reference
 
 Averaged codebooks live in the library's own buffers, so a state dict trained by ResidualQuantizer loads into
-LibraryResidualQuantizer. Never replaces unused codes: that is `vq/codebook.py`'s job alone.
+LibraryResidualQuantizer. Never replaces unused codes: that is `vq/codebook/`'s job alone.
 
 Legend: B batch, D latent width, h w grid, Q depth (codes per position), K codebook size, N = B·h·w vectors.
 """
