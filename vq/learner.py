@@ -12,7 +12,7 @@ from vq.batches import PictureBatch
 from vq.codebook import CodebookReset, NoReset
 from vq.data import PictureSet
 from vq.images import from_bytes
-from vq.losses import Loss
+from vq.losses import Loss, Shapes
 from vq.losses.adversarial import NoAdversary
 from vq.quantizers import CodebookQuantizer
 from vq.tokenizer import ImageTokenizer, NonFiniteError, Reconstruction
@@ -59,6 +59,11 @@ class TokenizerLearner(Learner):
         self._last: tuple[PictureBatch, Reconstruction] | None = None  # of the forward pass, for `after_step`
         self._buffers: dict[str, Tensor] = {}
 
+    def check(self, shapes: Shapes) -> None:
+        """ConfigError if a loss or the adversary cannot work with pictures of one of these (height, width)."""
+        for part in (*self.terms.values(), self.adversary):
+            part.check(self.model, shapes)
+
     def losses(self, batch: PictureBatch) -> tuple[dict[str, Tensor], dict[str, float]]:
         x_BCHW = batch.x_BCHW.contiguous(memory_format=torch.channels_last)
         batch = PictureBatch(x_BCHW, batch.ids, batch.captions)
@@ -100,7 +105,15 @@ class TokenizerLearner(Learner):
         replaced = self.reset.observe(
             self.model.quantizer, z, made.quantized.codes_BhwQ, self.progress, self.optimizer
         )
+        self._follow_resets(replaced)
         return logs | {f"replaced_{book}": float(count) for book, count in enumerate(replaced)}
+
+    @torch.no_grad()
+    def _follow_resets(self, replaced: list[int]) -> None:
+        """Codebooks of the averaged model become the live ones: an average of an old code and a new one is neither."""
+        if any(replaced) and self.averaged is not None:
+            kept: Any = self.averaged.module
+            kept.quantizer.load_state_dict(self.model.quantizer.state_dict())
 
     @torch.no_grad()
     def finish(self, sets: list[PictureSet], batch_size: int) -> list[int]:

@@ -52,6 +52,7 @@ def train(
     hardware = detect(device, precision)
     settle_size(images, tokenizer)
     training = learner(tokenizer=tokenizer)
+    training.check(images.shapes)
     print(f"{describe(tokenizer)} on {hardware}")
     if not isinstance(tokenizer.quantizer, CodebookQuantizer) and tokenizer.depth:
         print(f"reset: {type(tokenizer.quantizer).__name__} has no codebook to re-initialise, so none is")
@@ -106,6 +107,8 @@ def describe(tokenizer: ImageTokenizer) -> str:
 
 def finish(training: TokenizerLearner, images: ImageData, batch_size: int, target: Path) -> None:
     """See to it that every code is used, then save. Done once: a store depends on each bit of what is saved."""
+    if isinstance(training.model.quantizer, CodebookQuantizer):
+        print("settling the codebooks on all training pictures (long for large codebooks)")
     unused = training.finish(images.train_sets, batch_size)
     if any(unused):
         print(

@@ -352,7 +352,7 @@ def test_impossible_discriminators_are_refused(options):
 
 def test_pictures_too_small_for_the_discriminator_are_refused_before_data_is_read():
     against = Adversary(PatchDiscriminator(8, 3), adam)
-    with pytest.raises(ConfigError, match=r"layers=3 needs pictures of at least 24 px.* 16 px"):
+    with pytest.raises(ConfigError, match=r"layers=3 needs sides of at least 24 px.* 16 px"):
         learner_with(against)
 
 

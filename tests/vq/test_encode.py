@@ -123,6 +123,6 @@ def test_a_picture_that_has_changed_is_encoded_again(tmp_path, folder, tokenizer
 def test_a_continuous_tokenizer_is_refused_before_anything_is_read(tmp_path, folder):
     tiny = make_tokenizer()
     ImageTokenizer(tiny.encoder, NoQuantizer(4), tiny.decoder, 16).save_pretrained(tmp_path / "continuous")
-    with pytest.raises(ConfigError, match="continuous.*no codes"):
+    with pytest.raises(ConfigError, match=r"continuous.*no codes"):
         run(folder, str(tmp_path / "continuous"), tmp_path / "store")
     assert not (tmp_path / "store").exists()

@@ -631,3 +631,46 @@ def test_wrong_options_are_refused(tmp_path):
     stored(narrow, path)
     with pytest.raises(ConfigError, match="encoder has sizes that are not read here: stem=31"):
         import_tokenizer("janus", str(path))
+
+
+def huge(shape):
+    """A tensor that says it is large and holds one number."""
+    return torch.zeros(1).expand(shape)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("encoder.conv_in.weight", torch.full((32, 3, 3, 3), float("nan")), "NaN or infinite"),
+        ("encoder.conv_in.weight", torch.zeros(2**40, 0, 3, 3), "holds nothing"),
+        ("quantize.embedding.weight", huge((2**20, 2**20)), "not in the file"),
+        ("encoder.conv_in.weight", torch.zeros(32, 3, 3, 3).to_sparse(), "not a plain tensor"),
+        ("encoder.conv_in.weight", torch.zeros(32), "do not make a|not read here|other shape"),
+        ("quantize.embedding.weight", torch.zeros(1, 8), "do not make a|at least"),
+    ],
+)
+def test_tensors_that_lie_are_refused(tmp_path, name, tensor, message):
+    path = tmp_path / "x.pt"
+    torch.save(as_taming(janus()) | {name: tensor}, path)
+    with pytest.raises(ConfigError, match=message):
+        import_tokenizer("taming", str(path))
+
+
+@torch.no_grad()
+def test_one_name_cannot_ask_for_a_million_layers(tmp_path):
+    path = stored(as_taming(janus()) | {"encoder.down.3000000.x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(ConfigError, match=r"unknown: encoder\.down\.3000000\.x"):
+        import_tokenizer("taming", str(path))
+
+
+@pytest.mark.parametrize("pickled", [b"", b"\x80", b"\x80\x02.", b"\x80\x02h\x05."])
+def test_broken_pickles_are_unusable_files(tmp_path, pickled):
+    import zipfile
+
+    path = tmp_path / "x.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", pickled)
+        archive.writestr("x/version", "3\n")
+    with pytest.raises(ConfigError, match=r"x\.pt"):
+        import_tokenizer("taming", str(path))

@@ -93,9 +93,10 @@ def draw(x_ND: Tensor, weights_N: Tensor, wanted: int, random: torch.Generator) 
 
 def new_rows(x_ND: Tensor) -> Tensor:
     """(N) bool: whether no earlier row equals this one."""
-    places = torch.arange(1, x_ND.shape[1] + 1, dtype=torch.float64)
-    # one number for each row: unequal rows have unequal ones but for a chance of about 1e-16
-    marks_N = x_ND.cpu().double() @ (places.sqrt() * 1.6180339887).cos()
+    bits_ND = (x_ND.cpu().float() + 0.0).contiguous().view(torch.int32).long()  # + 0.0: -0.0 equals 0.0
+    # one number for each row, in integers that wrap: exact in any order of summation, unlike a product of floats
+    odd_D = torch.randint(2**62, (x_ND.shape[1],), generator=torch.Generator().manual_seed(0)) * 2 + 1
+    marks_N = (bits_ND * odd_D).sum(1)
     _, group_N = marks_N.unique(return_inverse=True)
     rows = torch.arange(len(x_ND))
     first = torch.full_like(rows, len(rows)).scatter_reduce_(0, group_N, rows, "amin")

@@ -15,7 +15,7 @@ from vq.importers.chameleon import Chameleon
 from vq.importers.emu3 import Emu3
 from vq.importers.janus import Janus
 from vq.importers.llamagen import LlamaGen
-from vq.importers.naming import Parts, find_prefix
+from vq.importers.naming import Parts, check_sound, find_prefix
 from vq.importers.seed_voken import IBQ, Magvit2
 from vq.importers.source import Built, Lookup, Request, Source
 from vq.importers.taming import Taming
@@ -67,8 +67,9 @@ def import_tokenizer(
     found = _prefix(chosen, weights, prefix)
     inside = [name for name in weights.names if name.startswith(found)]
     loaded = weights.load(inside)
+    check_sound(weights.origin, loaded)
     parts = Parts(weights.origin, found, {name[len(found) :]: loaded[name] for name in inside})
-    built = chosen.build(parts, Request(weights.config, lookup))
+    built = _built(chosen, parts, Request(weights.config, lookup))
     parts.finish()
     notes = [*built.notes]
     if weights.inside:
@@ -119,8 +120,29 @@ def _image_size(given: int | None, built: Built, source: Source, notes: list[str
     return source.usual_size
 
 
+def _built(source: Source, parts: Parts, request: Request) -> Built:
+    """A stranger's file may hold any shapes and settings: whatever cannot be built from them is told as one thing."""
+    try:
+        return source.build(parts, request)
+    except ConfigError:
+        raise
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        MemoryError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise ConfigError(
+            f"{parts.origin}: its tensors and config.json do not make a {source.title} "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
 def _assembled(built: Built, image_size: int, origin: str) -> ImageTokenizer:
     try:
         return ImageTokenizer(built.encoder, built.quantizer, built.decoder, image_size).eval()
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"{origin}: {error}") from error

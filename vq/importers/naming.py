@@ -19,6 +19,25 @@ from vqlm.errors import ConfigError
 Modules = Mapping[str, str | tuple[str, ...]]
 
 
+def check_sound(origin: str, tensors: dict[str, Tensor]) -> None:
+    """ConfigError unless all are plain, finite tensors whose numbers are really in the file."""
+    bad = []
+    for name, tensor in tensors.items():
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+        if not plain or tensor.is_complex():
+            bad.append(
+                f"{name}: not a plain tensor of numbers ({tensor.dtype}, {tensor.layout}, {tensor.device})"
+            )
+        elif tensor.numel() == 0:
+            bad.append(f"{name}: of shape {tuple(tensor.shape)}, which holds nothing")
+        elif tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            bad.append(f"{name}: of shape {tuple(tensor.shape)}, whose numbers are not in the file")
+        elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            bad.append(f"{name}: holds NaN or infinite numbers")
+    if bad:
+        raise ConfigError(f"{origin} holds tensors that cannot be used.\n" + lines("unusable", bad))
+
+
 @dataclass
 class Parts:
     """The tensors of one tokenizer elsewhere, with a record of which were taken and which left out on purpose."""
@@ -44,9 +63,12 @@ class Parts:
         return self.tensors[name].float()
 
     def count(self, template: str) -> int:
-        """How many numbers, from 0 on, `{}` stands for in names that begin as `template`: the length of a list."""
+        """How many numbers, from 0 on, `{}` stands for in names that begin as `template`: the length of a list.
+
+        Numbers of more than three digits are no such list: a file may not ask for a million layers by one name.
+        """
         before, after = (re.escape(each) for each in template.split("{}"))
-        found = [re.match(f"{before}(\\d+){after}(\\.|$)", name) for name in self.tensors]
+        found = [re.match(f"{before}(\\d{{1,3}}){after}(\\.|$)", name) for name in self.tensors]
         return 1 + max((int(each[1]) for each in found if each), default=-1)
 
     def has(self, beginning: str) -> bool:

@@ -87,7 +87,7 @@ def _config(path: Path) -> dict[str, Any]:
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
 
 
@@ -147,9 +147,10 @@ def _read_torch(file: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def _load_torch(file: Path) -> Any:
-    with suppress(RuntimeError, ValueError):  # files older than torch 1.6 cannot be mapped into memory
-        with suppress(pickle.UnpicklingError):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    with suppress(
+        Exception
+    ):  # files older than torch 1.6 cannot be mapped into memory; the rest is told below
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from vq.backbones.conv import group_count
 from vq.batches import PictureBatch
+from vq.losses import Shapes, sides
 from vq.tokenizer import ImageTokenizer, Reconstruction
 from vqlm.errors import ConfigError
 
@@ -28,7 +29,7 @@ MOST_SKIPPED_IN_A_ROW = 10
 class NoAdversary(nn.Module):
     """The null member: no discriminator. Also what the learner calls, in the order of a step."""
 
-    def check(self, tokenizer: ImageTokenizer) -> None:
+    def check(self, tokenizer: ImageTokenizer, shapes: Shapes = ()) -> None:
         """ConfigError if this cannot train such a tokenizer. Called before data is read."""
 
     def loss(
@@ -150,12 +151,13 @@ class Adversary(NoAdversary):
         self.skipped = 0
         self.skipped_in_a_row = 0
 
-    def check(self, tokenizer: ImageTokenizer) -> None:
+    def check(self, tokenizer: ImageTokenizer, shapes: Shapes = ()) -> None:
         smallest, layers = self.discriminator.smallest, self.discriminator.layers
-        if tokenizer.image_size < smallest:
+        side = sides(tokenizer, shapes)[0]
+        if side < smallest:
             raise ConfigError(
-                f"adversary.discriminator.layers={layers} needs pictures of at least {smallest} px, the tokenizer is "
-                f"for {tokenizer.image_size} px: take fewer layers (smallest side: 3·2^layers)"
+                f"adversary.discriminator.layers={layers} needs sides of at least {smallest} px, pictures "
+                f"have {side} px: take fewer layers (smallest side: 3·2^layers)"
             )
 
     def share(self, progress: float) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vq.batches import PictureBatch
-from vq.losses import Weighted
+from vq.losses import Shapes, Weighted
 from vq.quantizers import CodebookQuantizer
 from vq.quantizers.nearest import nearest_codes
 from vq.quantizers.soft import entropy_penalty, sample
@@ -27,7 +27,7 @@ class Codes(Weighted):
         super().__init__(weight)
         self.term = term
 
-    def check(self, tokenizer: ImageTokenizer) -> None:
+    def check(self, tokenizer: ImageTokenizer, shapes: Shapes = ()) -> None:
         terms = tokenizer.quantizer.terms
         if self.term not in terms:
             kind = type(tokenizer.quantizer).__name__
@@ -61,7 +61,7 @@ class Entropy(Weighted):
             )
         self.gamma, self.temperature, self.positions = gamma, temperature, positions
 
-    def check(self, tokenizer: ImageTokenizer) -> None:
+    def check(self, tokenizer: ImageTokenizer, shapes: Shapes = ()) -> None:
         quantizer = tokenizer.quantizer
         if not isinstance(quantizer, CodebookQuantizer):
             raise ConfigError(

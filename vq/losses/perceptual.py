@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vq.batches import PictureBatch
 from vq.features import EfficientNetLite0, load_features
-from vq.losses import Weighted
+from vq.losses import Shapes, Weighted, sides
 from vq.tokenizer import ImageTokenizer, Reconstruction
 from vqlm.errors import ConfigError
 
@@ -152,12 +152,10 @@ class LPIPS(Weighted):
         self.backbone, self.heads = backbone, heads
         self.net: LPIPSNet | None = None
 
-    def check(self, tokenizer: ImageTokenizer) -> None:
-        smallest = TRUNKS[self.name].smallest
-        if tokenizer.image_size < smallest:
-            raise ConfigError(
-                f"LPIPS: net={self.name} needs pictures of at least {smallest} px, not {tokenizer.image_size}"
-            )
+    def check(self, tokenizer: ImageTokenizer, shapes: Shapes = ()) -> None:
+        smallest, side = TRUNKS[self.name].smallest, sides(tokenizer, shapes)[0]
+        if side < smallest:
+            raise ConfigError(f"LPIPS: net={self.name} needs pictures of at least {smallest} px, not {side}")
         self.net = self.net or load_lpips(self.name, self.backbone, self.heads)
 
     def __call__(self, batch: PictureBatch, made: Reconstruction) -> Tensor:
@@ -179,7 +177,7 @@ class Features(Weighted):
         super().__init__(weight)
         self.net: EfficientNetLite0 | None = None
 
-    def check(self, tokenizer: ImageTokenizer) -> None:
+    def check(self, tokenizer: ImageTokenizer, shapes: Shapes = ()) -> None:
         self.net = self.net or load_features()
 
     def __call__(self, batch: PictureBatch, made: Reconstruction) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vq.batches import PictureBatch
-from vq.losses import Weighted
+from vq.losses import Shapes, Weighted, sides
 from vq.tokenizer import ImageTokenizer, Reconstruction
 from vqlm.errors import ConfigError
 
@@ -61,9 +61,9 @@ class Wavelet(Weighted):
             raise ValueError(f"wavelet={wavelet!r}: one of {', '.join(LOW_PASS)}")
         self.levels, self.wavelet = levels, wavelet
 
-    def check(self, tokenizer: ImageTokenizer) -> None:
-        size = tokenizer.image_size
-        if size % 2**self.levels:
+    def check(self, tokenizer: ImageTokenizer, shapes: Shapes = ()) -> None:
+        size = next((side for side in sides(tokenizer, shapes) if side % 2**self.levels), 0)
+        if size:
             most = (size & -size).bit_length() - 1
             raise ConfigError(
                 f"Wavelet: levels={self.levels} needs sides that {2**self.levels} divides, pictures are of {size} px: "
@@ -93,8 +93,8 @@ class Laplacian(Weighted):
             raise ValueError(f"levels={levels}: from 1 to 8")
         self.levels = levels
 
-    def check(self, tokenizer: ImageTokenizer) -> None:
-        size = tokenizer.image_size
+    def check(self, tokenizer: ImageTokenizer, shapes: Shapes = ()) -> None:
+        size = sides(tokenizer, shapes)[0]
         if halved(size, self.levels - 1) < SMALLEST_BLURRED:
             most = max((n for n in range(1, 9) if halved(size, n - 1) >= SMALLEST_BLURRED), default=0)
             raise ConfigError(

@@ -20,6 +20,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from vq.batches import PictureBatch
+from vq.losses import Shapes
 from vq.scorer import Aligner, Captioner, Judge, Scorer
 from vq.text import TextEncoder, captioned
 from vq.tokenizer import ImageTokenizer, Reconstruction
@@ -40,7 +41,7 @@ class Semantic(nn.Module):
             raise ValueError(f"weight={weight} must be positive; to drop a loss, drop its line")
         self.weight = weight
 
-    def check(self, tokenizer: ImageTokenizer) -> None:
+    def check(self, tokenizer: ImageTokenizer, shapes: Shapes = ()) -> None:
         """ConfigError if the latents are not as wide as this loss was built for."""
         if self.judge.dim != tokenizer.quantizer.dim:
             raise ConfigError(

@@ -38,14 +38,16 @@ class LibraryQuantizer(Quantizer):
         B, _, h, w = z_BDhw.shape
         with torch.autocast(z_BDhw.device.type, enabled=False):
             z_BND, codes, losses = self.quantize(z_BDhw.float().flatten(2).transpose(1, 2))
-        z = z_BND.transpose(1, 2).reshape(z_BDhw.shape)
+        z = (
+            z_BND.transpose(1, 2).contiguous().reshape(z_BDhw.shape)
+        )  # one layout, or the decoder rounds otherwise
         return Quantized(z, codes.long().reshape(B, h, w, self.depth), losses if self.training else {})
 
     def lookup(self, codes_BhwQ: Tensor) -> Tensor:
         check_codes(codes_BhwQ, self.depth, self.codebook_size)
         B, h, w, Q = codes_BhwQ.shape
         z_BND = self.decode(codes_BhwQ.reshape(B, h * w, Q).long())
-        return z_BND.transpose(1, 2).reshape(B, self.dim, h, w)
+        return z_BND.transpose(1, 2).contiguous().reshape(B, self.dim, h, w)
 
     def quantize(self, x_BND: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(B,N,D) → quantized (B,N,D), codes (B,N) or (B,N,Q), losses."""

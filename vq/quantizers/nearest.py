@@ -16,6 +16,8 @@ GROUP = 64  # width of the first stage
 def nearest_codes(x_ND: Tensor, book_KD: Tensor) -> Tensor:
     """Index (N) of the Euclidean-nearest row of the codebook for each vector; ties go to the lowest index.
 
+    Distances are fp32 sums: vectors a hundred times farther from zero than from each other are told apart badly.
+
     ‖x-e‖² = ‖x‖² - 2x·e + ‖e‖², of which the first term does not matter. One buffer of at most `CHUNK_BYTES` serves
     all chunks. torch's CPU `argmin` reads about 10 GB/s and `amin` about ten times that, so the minimum of each
     group of `GROUP` codes is taken first, and `argmin` sees only the group minima and then one group.
