@@ -167,6 +167,16 @@ def test_equal_vectors_are_drawn_once():
     assert len(draw(x_ND, torch.ones(4), 4, torch.Generator())) == 2
 
 
+@pytest.mark.parametrize("policy", [BatchRandom(), ErrorWeighted(power=0.0), SplitMostUsed()])
+def test_vectors_that_are_codes_already_are_not_drawn(policy):
+    quantizer = ResidualQuantizer(4, 8, 1)
+    quantizer.replace_codes(0, torch.arange(8), torch.randn(8, 4, generator=torch.Generator().manual_seed(0)))
+    z = quantizer.codebook(0)[torch.arange(16) % 8].T.reshape(1, 4, 4, 4).clone()
+    z[0, :, 0, 0] += 1e-6  # as far away as rounding
+    indices, rows = policy.propose(looked_at(quantizer, z), torch.tensor([2, 3]), torch.Generator())
+    assert len(indices) == len(rows) == 0
+
+
 def looked_at(quantizer, z):
     uses = count_codes(quantizer.eval()(z).codes_BhwQ, quantizer.codebook_size)
     return see(quantizer, quantizer.start(z), 0, uses[0], uses[0] / uses[0].sum())
@@ -333,6 +343,15 @@ def test_rounds_after_training_make_errors_smaller_and_use_more_even():
     (error, perplexity), (better, more) = results
     assert better < 0.85 * error
     assert more > perplexity and more > 0.8
+
+
+def test_a_book_of_several_depths_is_filled_with_what_all_of_them_are_given():
+    # one round of filling changes what the second depth is given: the book is looked at again until nothing is unused
+    for seed in range(4):
+        torch.manual_seed(seed)
+        quantizer = ResidualQuantizer(4, 256, 3, shared=True)
+        quantizer.replace_codes(0, torch.arange(256), torch.randn(256, 4) * torch.rand(256, 1) ** 4)
+        assert CodebookReset(rounds=0).finish(quantizer, [latents(seed, 20)]) == [0]
 
 
 def test_codes_in_use_stay_where_no_rounds_are_asked_for():

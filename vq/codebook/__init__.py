@@ -47,7 +47,7 @@ class CodebookReset:
         self,
         policy: Policy | None = None,
         start: Start | NoStart | None = None,
-        window: int = 50,
+        window: int = 10,
         threshold: float = 0.1,
         cooldown: int = 1,
         stop: float = 0.8,

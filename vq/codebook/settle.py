@@ -109,8 +109,8 @@ def lloyd(
 ) -> None:
     """Up to `rounds` of Lloyd's algorithm on what `give()` returns (N,D), fewer where `PAIRS` is used up before.
 
-    In the first rounds, codes in little use become vectors drawn in proportion to their distance, which evens out
-    the use of codes and leads out of poor local optima.
+    In the first rounds codes in little use become vectors drawn evenly, which evens out the use of codes. Draws by
+    error end a little nearer to the training vectors, with less even use and more codes that no new picture needs.
     """
     K = quantizer.codebook_size
     x_ND = thinned(give(), max(PER_CODE * K, LEAST_ROWS))
@@ -132,8 +132,8 @@ def lloyd_round(
     means_KD = sum_over_ranks(sums_KD / counts_K.clamp(min=1)[:, None]) / rank_count()
     means_KD = torch.where(counts_K[:, None] > 0, means_KD, book_KD)
     unused = (counts_K <= low * counts_K.mean()).nonzero().flatten()
-    distances_N = worth(x_ND, squared_errors(x_ND, book_KD, chosen_N)).sqrt()
-    rows = draw(x_ND, distances_N, len(unused), random)
+    apart_N = worth(x_ND, squared_errors(x_ND, book_KD, chosen_N)) > 0
+    rows = draw(x_ND, apart_N.float(), len(unused), random)
     means_KD[unused[: len(rows)]] = rows
     quantizer.replace_codes(book, torch.arange(len(book_KD), device=x_ND.device), means_KD)
 
