@@ -14,7 +14,7 @@ from vector_quantize_pytorch import VectorQuantize
 from vq.codebook import EVIDENCE, CodebookReset, NoReset, count_codes, residuals
 from vq.codebook.policies import BatchRandom, ClosestAnchor, ErrorWeighted, SplitMostUsed, most_used
 from vq.codebook.seen import draw, new_rows, see
-from vq.codebook.settle import count_uses, given, lloyd_round
+from vq.codebook.kmeans import count_uses, given, lloyd_round
 from vq.codebook.start import BatchStart, KMeansStart, NoStart
 from vq.quantizers import CodebookQuantizer
 from vq.quantizers.nearest import nearest_codes

@@ -6,7 +6,7 @@ average code has been chosen often enough to tell. A replaced code is left alone
 before the run ends, so that codes rest. `finish` then brings every code into use over the whole training set.
 
     start.py   the first codes: a draw from the data, or k-means      policies.py   what an unused code becomes
-    seen.py    what the codes of a book are compared with             settle.py     the codebooks after training
+    seen.py    what the codes of a book are compared with             kmeans.py     codebooks over a whole training set
 
 Knows nothing of pictures; of quantizers only what `CodebookQuantizer` offers. Several processes (torch.distributed)
 come to the same codebooks: counts are sums, and vectors those of all of them.
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vq.codebook.policies import ErrorWeighted, Policy
 from vq.codebook.seen import MOST_ROWS, depths_of, generator, see, thinned
-from vq.codebook.settle import settle
+from vq.codebook.kmeans import settle
 from vq.codebook.start import BatchStart, NoStart, Start
 from vq.quantizers import CodebookQuantizer
 from vqlm.ranks import rows_of_ranks, sum_over_ranks

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vq.codebook.seen import MOST_ROWS, depths_of, draw, thinned
-from vq.codebook.settle import first_depth, lloyd
+from vq.codebook.kmeans import first_depth, lloyd
 from vq.quantizers import CodebookQuantizer
 
 
