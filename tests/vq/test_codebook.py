@@ -1,6 +1,7 @@
 """Unused codes come back to life, stay alive, and nothing else is touched; at the end every code is used."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from tiny import make_quantizer, small_quantizers
 from vector_quantize_pytorch import VectorQuantize
 
 from vq.codebook import EVIDENCE, CodebookReset, NoReset, count_codes, residuals
+from vq.codebook.kmeans import count_uses, given, lloyd_round
 from vq.codebook.policies import BatchRandom, ClosestAnchor, ErrorWeighted, SplitMostUsed, most_used
 from vq.codebook.seen import draw, new_rows, see
-from vq.codebook.kmeans import count_uses, given, lloyd_round
 from vq.codebook.start import BatchStart, KMeansStart, NoStart
 from vq.quantizers import CodebookQuantizer
 from vq.quantizers.nearest import nearest_codes
@@ -104,11 +105,14 @@ def test_a_reset_survives_the_next_ema_step():
 def library_replacements(threshold, steps, last):
     """Codes that the library replaces per step in the last steps: K=512, 256 vectors a batch. 1 is RQ-VAE's rule."""
     vq = VectorQuantize(4, codebook_size=512, decay=0.99, threshold_ema_dead_code=threshold)
-    counts, replace = [], vq._codebook.replace
-    vq._codebook.replace = lambda x, batch_mask, **options: (
-        counts.append(int(batch_mask.sum())),
-        replace(x, batch_mask=batch_mask, **options),
-    )
+    book: Any = vq._codebook
+    counts, replace = [], book.replace
+
+    def counted(x, batch_mask, **options):
+        counts.append(int(batch_mask.sum()))
+        replace(x, batch_mask=batch_mask, **options)
+
+    book.replace = counted
     for step in range(steps):
         before = len(counts)
         vq(latents(step).permute(0, 2, 3, 1).reshape(1, -1, 4))

@@ -21,9 +21,9 @@ import warnings
 import torch
 from torch import Tensor
 
+from vq.codebook.kmeans import settle
 from vq.codebook.policies import ErrorWeighted, Policy
 from vq.codebook.seen import MOST_ROWS, depths_of, generator, see, thinned
-from vq.codebook.kmeans import settle
 from vq.codebook.start import BatchStart, NoStart, Start
 from vq.quantizers import CodebookQuantizer
 from vqlm.ranks import rows_of_ranks, sum_over_ranks

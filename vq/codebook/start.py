@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vq.codebook.seen import MOST_ROWS, depths_of, draw, thinned
 from vq.codebook.kmeans import first_depth, lloyd
+from vq.codebook.seen import MOST_ROWS, depths_of, draw, thinned
 from vq.quantizers import CodebookQuantizer
 
 
@@ -34,7 +34,8 @@ class Start:
         if not enough and len(self.rows) < self.most_batches:
             return []
         most = max(MOST_ROWS, int(self.per_code * quantizer.codebook_size))
-        placed = self._place_all(quantizer, thinned(torch.cat(self.rows), most), random)
+        rows = [each.to(state_ND.device) for each in self.rows]  # those of a checkpoint come on the CPU
+        placed = self._place_all(quantizer, thinned(torch.cat(rows), most), random)
         self.rows, self.done = [], True
         return placed
 
