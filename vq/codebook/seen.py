@@ -39,11 +39,9 @@ def worth(x_ND: Tensor, errors_N: Tensor) -> Tensor:
     return errors_N * (errors_N > SAME * x_ND.square().sum(1).mean())
 
 
-def depths_of(
-    quantizer: CodebookQuantizer, state_ND: Tensor, first: int = 0
-) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """From depth `first` on, whose state is given: depth, vectors (N,D'), chosen codes (N), squared errors (N)."""
-    for depth in range(first, quantizer.depth):
+def depths_of(quantizer: CodebookQuantizer, state_ND: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """Each depth in its turn: depth, vectors (N,D'), chosen codes (N), squared errors (N)."""
+    for depth in range(quantizer.depth):
         x_ND, book_KD = quantizer.vectors(state_ND, depth), quantizer.codebook(quantizer.book_of(depth))
         chosen_N = nearest_codes(x_ND, book_KD)
         yield depth, x_ND, chosen_N, squared_errors(x_ND, book_KD, chosen_N)
