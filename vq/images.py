@@ -22,6 +22,7 @@ Shape suffixes: C = 3 channels in RGB order, H, W = height and width in pixels, 
 """
 
 import io
+import math
 import os
 import stat
 from collections.abc import Sequence
@@ -419,6 +420,11 @@ def _resize(image: Image.Image, size: tuple[int, int], box: tuple[float, float, 
         return image
     # A gap of 3: large pictures are first reduced by whole factors, which no eye and no test here can tell.
     return image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+
+
+def nearest_shape(shapes: Sequence[tuple[int, int]], width: int, height: int) -> tuple[int, int]:
+    """The (height, width) whose proportions are nearest to a picture's; of two that are equally near, the first."""
+    return min(shapes, key=lambda shape: abs(math.log(shape[1] / shape[0]) - math.log(width / height)))
 
 
 def to_pixels(

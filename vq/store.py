@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -498,6 +499,12 @@ class CodeStore:
         grid = self.manifest["grid"]
         return None if grid is None else (grid[0], grid[1])
 
+    @cached_property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """Every (h, w) that occurs, the most frequent one first."""
+        counts = Counter(zip(self._rows.heights.tolist(), self._rows.widths.tolist(), strict=True))
+        return tuple(sorted(counts, key=lambda grid: (-counts[grid], grid)))
+
     @property
     def rejects(self) -> list[dict[str, str]]:
         """What could not be encoded: dicts with id, reason, detail."""
@@ -529,6 +536,10 @@ class CodeStore:
             raise ValueError(f"the pictures of {self.folder} have different grids; read them one by one")
         codes_NhwQ = self._rows.codes.reshape(len(self), *self.grid, self.depth)
         return torch.from_numpy(codes_NhwQ[self.indices(split)].astype(np.int64))
+
+    def codes_list(self, split: str | None = None) -> list[Tensor]:
+        """The codes of each picture of a split, int64 (h, w, Q), whatever their grids, in the order of `ids`."""
+        return [self[i].codes_hwQ for i in self.indices(split)]
 
     def ids(self, split: str | None = None) -> list[str]:
         return self._column("id", split)

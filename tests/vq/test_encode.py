@@ -62,11 +62,16 @@ def test_pictures_that_are_no_squares(tmp_path, folder, tokenizer):
     assert model.decode(store.codes_NhwQ()[:2]).shape == (2, 3, *shape)
 
 
-def test_several_shapes_are_refused_before_anything_is_read(tmp_path, folder, tokenizer, monkeypatch):
-    monkeypatch.setattr(ImageFolder, "pictures", lambda *_: pytest.fail("data was read"))
-    with pytest.raises(ConfigError, match=r"3 shapes.*images\.aspects=\[1\.0\]"):
-        run(folder, tokenizer, tmp_path / "store", aspects=[1.0, 2.0, 0.5], size=24)
-    assert not (tmp_path / "store").exists()
+def test_pictures_of_several_shapes(tmp_path, folder, tokenizer):
+    names = sorted(path.name for path in folder.glob("*.png"))
+    for name in names[::2]:  # twice as wide as high
+        open_image(folder / name).resize((40, 20)).save(folder / name)
+    store, model = run(folder, tokenizer, tmp_path / "store", aspects=[1.0, 2.0], size=24), make_tokenizer()
+    assert store.grid is None and set(store.grids) == {(3, 3), (2, 4)}
+    for row in list(store)[::5]:
+        shape = (16, 32) if row.id in names[::2] else (24, 24)
+        pixels = to_pixels(open_image(folder / row.id), shape)[None]
+        assert torch.equal(row.codes_hwQ, model.encode(pixels)[0])
 
 
 def test_pictures_are_decoded_range_by_range(folder, monkeypatch):
