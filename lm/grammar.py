@@ -1,10 +1,11 @@
 """Which ids may come next, row by row: one state machine for decoding and for the loss.
 
-State of a row: `TEXT`, or the number of picture positions read since <image_start> (0 … L; at L only <image_end> may
-follow), or `DONE` after <eos>. Rows of a batch are in states of their own. The loss is normalised over the same
-ids that decoding may draw, so neither modality pays for the other's vocabulary.
+State of a row: `TEXT`; `SIZE` after <image_start>, where a size has to be announced; a number from 0: the position that
+comes next in the plans of all grids, each with its <image_end>, laid behind one another; `DONE` after <eos>. Rows of a
+batch are in states of their own. The loss is normalised over the same ids that decoding may draw, so neither modality
+pays for the other's vocabulary.
 
-Legend: B rows, W columns, L positions of a picture, V text ids and specials (below image_offset).
+Legend: B rows, T positions, W columns, S positions of all plans, Q depth, V text ids and specials (below image_offset).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lm.sequence import NONE, SequenceFormat
 
-TEXT, DONE = -1, -2
+TEXT, DONE, SIZE = -1, -2, -3
 
 
 class Grammar:
@@ -22,6 +23,20 @@ class Grammar:
 
     def __init__(self, form: SequenceFormat, images: bool = True):
         self.form, self.images = form, images
+        vocabulary, Q = form.vocabulary, form.vocabulary.depth
+        plans = [form.plan(grid) for grid in form.grids]
+        end_1W = torch.full((1, form.width), NONE)
+        self.starts = [0]  # state in which each grid's picture begins
+        for plan_LW in plans:
+            self.starts.append(self.starts[-1] + len(plan_LW) + 1)
+        self.plan_SW = torch.cat([part for plan_LW in plans for part in (plan_LW, end_1W)])
+        forced_S = torch.where(
+            self.plan_SW[:, 0] == Q, NONE if vocabulary.row_end is None else vocabulary.row_end, NONE
+        )
+        self.closing_S = torch.zeros(len(self.plan_SW), dtype=torch.bool)
+        self.closing_S[[start - 1 for start in self.starts[1:]]] = True
+        self.forced_S = torch.where(self.closing_S, vocabulary.image_end, forced_S)
+        self.depth_SW = torch.where(self.plan_SW == Q, NONE, self.plan_SW)
 
     def start(self, ids_TW: Tensor) -> int:
         """State after a prompt. ValueError if the prompt itself breaks the rules."""
@@ -32,51 +47,91 @@ class Grammar:
 
     def advance(self, state_B: Tensor, ids_BW: Tensor) -> Tensor:
         """States after one more position of each row. ValueError on an id that its row's state does not allow."""
-        vocabulary, length = self.form.vocabulary, self.form.image_length
+        vocabulary = self.form.vocabulary
+        self._check_pictures(state_B, ids_BW)
         token_B = ids_BW[:, 0]
-        reading = (state_B >= 0) & (state_B < length)
-        for row in reading.nonzero().flatten().tolist():
-            depth = self.form.layout.depth_of(int(state_B[row]), vocabulary.depth)
-            for column, token in enumerate(ids_BW[row].tolist()):
-                allowed = vocabulary.image_range(depth + column)
-                if not allowed.start <= token < allowed.stop:
-                    raise ValueError(
-                        f"id {token} in row {row} where an image id of depth {depth + column} must stand"
-                    )
-        closing = state_B == length
-        if bool((token_B[closing] != vocabulary.image_end).any()):
-            raise ValueError("a complete picture must be followed by <image_end>")
-        in_text = state_B == TEXT
-        legal_B = self.text_mask(token_B.device)[token_B.clamp(0, vocabulary.image_offset - 1)]
+        in_text, sizing, reading = state_B == TEXT, state_B == SIZE, state_B >= 0
+        legal_B = self.text_mask()[token_B.clamp(0, vocabulary.image_offset - 1)]
         if bool((in_text & ~(legal_B & (token_B >= 0) & (token_B < vocabulary.image_offset))).any()):
             raise ValueError(f"ids {token_B[in_text].tolist()} in text, where only text may stand")
-        state_B = torch.where(reading, state_B + 1, state_B)
-        state_B = torch.where(closing, torch.full_like(state_B, TEXT), state_B)
-        state_B = torch.where(
-            in_text & (token_B == vocabulary.image_start), torch.zeros_like(state_B), state_B
-        )
-        return torch.where(in_text & (token_B == vocabulary.eos), torch.full_like(state_B, DONE), state_B)
+        following_B = torch.where(self.closing_S[state_B.clamp(min=0)], TEXT, state_B + 1)
+        next_B = torch.where(reading, following_B, state_B)
+        opened = SIZE if vocabulary.sizes else 0
+        next_B = torch.where(in_text & (token_B == vocabulary.image_start), opened, next_B)
+        for size, first in zip(vocabulary.sizes, self.starts, strict=False):
+            next_B = torch.where(sizing & (token_B == size), first, next_B)
+        if bool((next_B == SIZE)[sizing].any()):
+            raise ValueError(f"ids {token_B[sizing].tolist()} where the size of an image must be announced")
+        return torch.where(in_text & (token_B == vocabulary.eos), DONE, next_B)
+
+    def _check_pictures(self, state_B: Tensor, ids_BW: Tensor) -> None:
+        """ValueError where a row that is inside a picture holds anything but what its plan says."""
+        vocabulary, at_B = self.form.vocabulary, state_B.clamp(min=0)
+        depth_BW, forced_B = self.depth_SW[at_B], self.forced_S[at_B]
+        found_BW = (ids_BW - vocabulary.image_offset).div(vocabulary.codebook_size, rounding_mode="floor")
+        wrong_BW = torch.where(depth_BW >= 0, found_BW != depth_BW, ids_BW != NONE)
+        wrong_BW[:, 0] = torch.where(forced_B == NONE, wrong_BW[:, 0], ids_BW[:, 0] != forced_B)
+        wrong_BW &= (state_B >= 0)[:, None]
+        if bool(wrong_BW.any()):
+            row, column = wrong_BW.nonzero()[0].tolist()
+            depth, forced = int(depth_BW[row, column]), int(forced_B[row])
+            wanted = f"an image id of depth {depth}" if depth >= 0 else "nothing"
+            wanted = {vocabulary.image_end: "<image_end>", vocabulary.row_end: "<row_end>"}.get(
+                forced, wanted
+            )
+            raise ValueError(
+                f"id {int(ids_BW[row, column])} in row {row}, column {column}, where {wanted} must stand"
+            )
 
     def text_mask(self, device: torch.device | None = None) -> Tensor:
-        """(image_offset) bool: ids that may follow in the state TEXT: text, <image_start> (if allowed), <eos>."""
+        """(V) bool: ids that may follow in the state TEXT: text, <image_start> (if allowed), <eos>."""
         vocabulary = self.form.vocabulary
         mask = torch.ones(vocabulary.image_offset, dtype=torch.bool, device=device)
-        mask[[vocabulary.pad, vocabulary.image_end]] = False
-        mask[vocabulary.bos] = vocabulary.bos == vocabulary.eos
+        mask[list(vocabulary.specials)] = False
+        mask[vocabulary.eos] = True
         mask[vocabulary.image_start] = self.images
         return mask
 
-    def label_depths(self, ids_TW: Tensor) -> Tensor:
-        """(T,W): what each column of a sequence is: depth 0..Q-1 of a picture, Q for text, NONE for nothing to predict.
+    def size_mask(self, device: torch.device | None = None) -> Tensor:
+        """(V) bool: ids that may follow in the state SIZE."""
+        mask = torch.zeros(self.form.vocabulary.image_offset, dtype=torch.bool, device=device)
+        mask[list(self.form.vocabulary.sizes)] = True
+        return mask
 
-        Nothing to predict: <bos>, empty columns, and <image_end>, which the rules force.
+    def legal_table(self, device: torch.device | None = None) -> Tensor:
+        """(Q+5, size) bool: ids of depth 0..Q-1, of TEXT, of SIZE, <row_end>, <image_end>, and <pad> after DONE."""
+        vocabulary, Q = self.form.vocabulary, self.form.vocabulary.depth
+        table = torch.zeros(Q + 5, vocabulary.size, dtype=torch.bool, device=device)
+        for depth in range(Q):
+            table[depth, vocabulary.image_range(depth)] = True
+        table[Q, : vocabulary.image_offset] = self.text_mask(device)
+        table[Q + 1, : vocabulary.image_offset] = self.size_mask(device)
+        for kind, token in (
+            (Q + 2, vocabulary.row_end),
+            (Q + 3, vocabulary.image_end),
+            (Q + 4, vocabulary.pad),
+        ):
+            if token is not None:
+                table[kind, token] = True
+        return table
+
+    def legal_kinds(self, state_B: Tensor) -> Tensor:
+        """(B): which row of `legal_table` says what may stand in column 0 next."""
+        Q, at_B = self.form.vocabulary.depth, state_B.clamp(min=0)
+        inside_B = torch.where(self.plan_SW[at_B, 0] == Q, Q + 2, self.plan_SW[at_B, 0])
+        inside_B = torch.where(self.closing_S[at_B], Q + 3, inside_B)
+        outside_B = torch.where(state_B == TEXT, Q, torch.where(state_B == SIZE, Q + 1, Q + 4))
+        return torch.where(state_B >= 0, inside_B, outside_B)
+
+    def label_depths(self, ids_TW: Tensor) -> Tensor:
+        """(…,W): what each column is: depth 0..Q-1 of a picture id, Q text, Q+1 a size, NONE nothing to predict.
+
+        Nothing to predict: <bos>, empty columns, and ids that the rules force.
         """
-        vocabulary = self.form.vocabulary
+        vocabulary, Q = self.form.vocabulary, self.form.vocabulary.depth
+        is_text = (ids_TW >= 0) & (ids_TW < vocabulary.image_offset)
+        kind_V = torch.where(self.text_mask(ids_TW.device), Q, NONE)
+        kind_V[list(vocabulary.sizes)] = Q + 1
         depth = (ids_TW - vocabulary.image_offset).div(vocabulary.codebook_size, rounding_mode="floor")
-        depth = torch.where(
-            ids_TW >= vocabulary.image_offset, depth, torch.full_like(depth, vocabulary.depth)
-        )
-        mask = self.text_mask()
-        text = (ids_TW >= 0) & (ids_TW < vocabulary.image_offset)
-        forced = text & ~mask[ids_TW.clamp(0, vocabulary.image_offset - 1)]
-        return torch.where(forced | (ids_TW == NONE), torch.full_like(depth, NONE), depth)
+        text = kind_V[ids_TW.clamp(0, vocabulary.image_offset - 1)]
+        return torch.where(ids_TW == NONE, NONE, torch.where(is_text, text, depth))

@@ -48,26 +48,30 @@ def write_pictures(folder):
     return folder
 
 
-def make_format(layout="stacked", grid=(2, 2), codebook_size=16, depth=2):
+def make_format(layout="stacked", grid=(2, 2), codebook_size=16, depth=2, more_grids=(), row_ends=False):
     """A sequence format over a small text vocabulary, and its text tokenizer."""
     from lm.sequence import LAYOUTS, SequenceFormat
     from lm.vocab import extend, train_text_tokenizer
 
     tokenizer = train_text_tokenizer(["a red circle, inset 1", "a blue square"] * 4, 300)
-    return SequenceFormat(extend(tokenizer, codebook_size, depth), LAYOUTS[layout](), grid), tokenizer
+    grids = (grid, *more_grids)
+    vocabulary = extend(tokenizer, codebook_size, depth, grids, row_ends)
+    return SequenceFormat(vocabulary, LAYOUTS[layout](), grids), tokenizer
 
 
-HEADS = ("linear", "layered", "depth_transformer")
+HEADS = ("linear", "parallel", "layered", "depth_transformer")
 
 
 def make_head(name, width, hidden_size=32, trunk_layers=5):
     from lm.heads.depth_transformer import DepthTransformerHead
     from lm.heads.layered import LayeredHead
     from lm.heads.linear import LinearHead
+    from lm.heads.parallel import ParallelHead
 
     if name == "depth_transformer":
         return DepthTransformerHead(width, hidden_size, trunk_layers, dim=16, layers=1, heads=2)
-    return {"linear": LinearHead, "layered": LayeredHead}[name](width, hidden_size, trunk_layers)
+    heads = {"linear": LinearHead, "parallel": ParallelHead, "layered": LayeredHead}
+    return heads[name](width, hidden_size, trunk_layers)
 
 
 QWEN = {
@@ -82,13 +86,13 @@ QWEN = {
 }
 
 
-def make_model(head="layered", layout="stacked", grid=(2, 2), depth=2, seed=0):
+def make_model(head="layered", layout="stacked", grid=(2, 2), depth=2, seed=0, **form):
     """A multimodal language model with random weights, large enough to tell ids apart; and its text tokenizer."""
     import torch
 
     from lm.model import MultimodalLM, from_scratch
 
-    form, tokenizer = make_format(layout, grid, depth=depth)
+    form, tokenizer = make_format(layout, grid, depth=depth, **form)
     torch.manual_seed(seed)
     lm = from_scratch({**QWEN, "initializer_range": 0.3}, form.vocabulary.size, seed)
     return MultimodalLM(lm, make_head(head, form.width), form).eval(), tokenizer

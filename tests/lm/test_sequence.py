@@ -6,18 +6,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_format
 
-from lm.grammar import DONE, TEXT, Grammar
-from lm.sequence import NONE, Image, Text
+from lm.grammar import DONE, SIZE, TEXT, Grammar
+from lm.sequence import NONE, Image, SequenceFormat, Text
 
-FORMATS = {name: make_format(name, (2, 3), depth=2)[0] for name in ("flat", "stacked")}
+MORE = {"more_grids": ((3, 2), (1, 4))}
+FORMATS = {name: make_format(name, (2, 3), depth=2)[0] for name in ("flat", "stacked", "delayed")}
+FORMATS["flat, row ends"] = make_format("flat", (2, 3), depth=2, row_ends=True)[0]
+FORMATS["stacked, row ends"] = make_format("stacked", (2, 3), depth=2, row_ends=True)[0]
+ONE_GRID = dict(FORMATS)
+FORMATS["flat, sizes"] = make_format("flat", (2, 3), depth=2, row_ends=True, **MORE)[0]
+FORMATS["stacked, sizes"] = make_format("stacked", (2, 3), depth=2, row_ends=True, **MORE)[0]
+FORMATS["delayed, sizes"] = make_format("delayed", (2, 3), depth=2, **MORE)[0]
 
 
-def image(seed=0):
-    return Image(torch.randint(0, 16, (2, 3, 2), generator=torch.Generator().manual_seed(seed)))
+def image(seed=0, grid=(2, 3)):
+    return Image(torch.randint(0, 16, (*grid, 2), generator=torch.Generator().manual_seed(seed)))
 
 
 texts = st.lists(st.integers(0, 255), min_size=1, max_size=5).map(lambda ids: Text(tuple(ids)))
-segments = st.lists(st.one_of(texts, st.integers(0, 99).map(image)), max_size=5)
+seeds, places = st.integers(0, 99), st.integers(0, 2)
+parts_of_documents = st.lists(st.one_of(texts, st.tuples(seeds, places)), max_size=5)
+
+
+def segments(form, parts):
+    """Drawn parts → segments: a picture takes one of the format's grids."""
+    made = [image(p[0], form.grids[p[1] % len(form.grids)]) if isinstance(p, tuple) else p for p in parts]
+    return made
 
 
 def merged(parts):
@@ -33,30 +47,81 @@ def merged(parts):
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 @settings(max_examples=60, deadline=None)
-@given(parts=segments, end=st.booleans())
+@given(parts=parts_of_documents, end=st.booleans())
 def test_split_of_build_is_the_segments(form, parts, end):
+    parts = segments(form, parts)
     assert form.split(form.build(parts, end)) == merged(parts)
 
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 @settings(max_examples=40, deadline=None)
-@given(parts=segments)
+@given(parts=parts_of_documents)
 def test_the_grammar_accepts_what_build_writes(form, parts):
-    assert Grammar(form).start(form.build(parts)) == DONE
-    assert Grammar(form).start(form.build(parts, end=False)) == TEXT
-    assert Grammar(form).start(form.image_prompt(parts)) == 0
+    parts = segments(form, parts)
+    grammar = Grammar(form)
+    assert grammar.start(form.build(parts)) == DONE
+    assert grammar.start(form.build(parts, end=False)) == TEXT
+    assert grammar.start(form.image_prompt(parts).ids_TW) == (0 if len(form.grids) == 1 else SIZE)
+    for grid, first in zip(form.grids, grammar.starts, strict=False):
+        assert grammar.start(form.image_prompt(parts, grid).ids_TW) == first
 
 
-def test_stacked_costs_one_position_a_cell():
-    assert (FORMATS["stacked"].image_length, FORMATS["stacked"].width) == (6, 2)
-    assert (FORMATS["flat"].image_length, FORMATS["flat"].width) == (12, 1)
+def test_positions_of_a_picture():
+    lengths = {name: (form.picture_length((2, 3)), form.width) for name, form in FORMATS.items()}
+    assert lengths == {
+        "flat": (12, 1),
+        "stacked": (6, 2),
+        "delayed": (7, 2),
+        "flat, row ends": (14, 1),
+        "stacked, row ends": (8, 2),
+        "flat, sizes": (15, 1),
+        "stacked, sizes": (9, 2),
+        "delayed, sizes": (8, 2),
+    }
+    for form in FORMATS.values():
+        assert len(form.build([image()])) == form.picture_length((2, 3)) + 4  # <bos>, two marks, <eos>
+    assert FORMATS["stacked, sizes"].longest_picture == 10  # 3 rows of 2, 3 row ends, the size
+
+
+def test_delayed_columns_by_hand():
+    """MusicGen's figure: depth 1 of a cell stands beside depth 0 of the next one."""
+    form = FORMATS["delayed"]
+    picture = image()
+    ids_NQ = form.vocabulary.codes_to_ids(picture.codes_hwQ).reshape(6, 2).tolist()
+    first, second = [row[0] for row in ids_NQ], [row[1] for row in ids_NQ]
+    assert form.build([picture])[2:9].tolist() == [
+        list(pair) for pair in zip([*first, NONE], [NONE, *second], strict=True)
+    ]
+
+
+def test_what_positions_belong_to():
+    form = FORMATS["stacked, sizes"]
+    laid = form.lay([Text((5, 6), given=True), image(grid=(1, 4)), Text((7,)), image(1, (3, 2))])
+    pictures, given_T = laid.picture_T.tolist(), laid.given_T.tolist()
+    assert pictures == [NONE] * 4 + [0] * 6 + [NONE] * 3 + [1] * 10 + [NONE] * 2
+    assert given_T == [False, True, True] + [False] * 22
+    assert not form.image_prompt([Text((5,))]).given_T[-1]
+
+
+def test_formats_that_contradict_themselves_are_refused():
+    with pytest.raises(ValueError, match="delayed"):
+        make_format("delayed", row_ends=True)
+    with pytest.raises(ValueError, match="different"):
+        make_format(more_grids=((2, 2),))
+    with pytest.raises(ValueError, match="sizes"):
+        SequenceFormat(FORMATS["flat"].vocabulary, FORMATS["flat"].layout, ((2, 3), (3, 2)))
+    with pytest.raises(ValueError, match="bidirectional"):
+        SequenceFormat(FORMATS["flat"].vocabulary, FORMATS["flat"].layout, ((2, 3),), "both")
+    with pytest.raises(ValueError, match="name one"):
+        _ = FORMATS["flat, sizes"].grid
 
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 def test_broken_sequences_are_refused(form):
     vocabulary = form.vocabulary
     good = form.build([Text((5,)), image(), Text((6,))])
-    last_cell = 3 + form.image_length - 1
+    last_cell = 3 + form.picture_length((2, 3)) - 1
+    assert Grammar(form).start(good) == DONE
 
     def without(position):
         return torch.cat([good[:position], good[position + 1 :]])
@@ -79,6 +144,10 @@ def test_broken_sequences_are_refused(form):
         changed(1, vocabulary.eos),  # an end before the end
         changed(1, -1),
         changed(1, vocabulary.image_end),
+        *[changed(3, size) for size in vocabulary.sizes[2:]],  # another size than that of the cells
+        *[changed(1, size) for size in vocabulary.sizes],
+        *[changed(at, vocabulary.row_end) for at in (1, 3) if vocabulary.row_end is not None],
+        *[changed(last_cell, 7) for _ in "x" if vocabulary.row_end is not None],
     ]:
         with pytest.raises(ValueError):
             form.split(broken)
@@ -118,7 +187,7 @@ def test_rows_of_a_batch_are_in_states_of_their_own():
     form = FORMATS["stacked"]
     grammar, vocabulary = Grammar(form), form.vocabulary
     cell = vocabulary.codes_to_ids(torch.tensor([3, 4]))
-    state = torch.tensor([TEXT, 2, form.image_length, TEXT])
+    state = torch.tensor([TEXT, 2, form.picture_length(form.grid), TEXT])
     rows = torch.tensor([[7, NONE], cell.tolist(), [vocabulary.image_end, NONE], [vocabulary.eos, NONE]])
     assert grammar.advance(state, rows).tolist() == [TEXT, 3, TEXT, DONE]
 
@@ -127,3 +196,13 @@ def test_images_can_be_forbidden():
     form = FORMATS["stacked"]
     assert bool(Grammar(form).text_mask()[form.vocabulary.image_start])
     assert not bool(Grammar(form, images=False).text_mask()[form.vocabulary.image_start])
+
+
+def test_a_size_competes_with_other_sizes_alone():
+    form = FORMATS["stacked, sizes"]
+    depths = Grammar(form).label_depths(form.build([image()]))
+    assert depths[2].tolist() == [form.vocabulary.depth + 1, NONE]
+    assert depths[6].tolist() == [NONE, NONE]  # <row_end> is forced
+    mask = Grammar(form).size_mask()
+    assert mask.nonzero().flatten().tolist() == list(form.vocabulary.sizes)
+    assert not bool((mask & Grammar(form).text_mask()).any())
