@@ -1,42 +1,170 @@
-"""The one LightningModule of lm: a multimodal language model in training."""
+"""The one LightningModule of lm: a multimodal language model in training, and what its steps are made of.
+
+Legend: B rows, T positions, W columns, C hidden width, V text ids and marks, K codes of a depth.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from lm.data import Batch
-from lm.model import MultimodalLM
+from lm.heads import Head
+from lm.heads.depth_transformer import DepthTransformerHead
+from lm.model import MultimodalLM, decoder_layers
+from lm.objectives.full_vocabulary import FullVocabulary
 from lm.objectives.next_token import NextToken
+from lm.packing import Batch
+from lm.tune import row_parameters, undecayed
 from vqlm.training import Budget, Learner
 
 
 class LMLearner(Learner):
-    """objective: how a batch becomes losses; others as in `vqlm.training.Learner`. Vectors are not decayed."""
+    """objective: how a batch becomes losses; recompute: decoder layers keep their inputs alone and run again in the
+    backward pass: memory for one layer instead of all, a third more time (Chen et al. 2016, arXiv 1604.06174); others
+    as in `vqlm.training.Learner`.
+
+    Weight decay spares vectors and what `lm.tune.undecayed` names; frozen parameters are in no group. Every step is
+    logged with the norms of its gradients before clipping: text_rows and image_rows (of embedding and output, a bias
+    included), trunk, head.
+    """
 
     model: MultimodalLM
 
     def __init__(
         self,
         model: MultimodalLM,
-        objective: NextToken,
+        objective: NextToken | FullVocabulary,
         optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer],
         budget: Budget,
         clip: float = 1.0,
         max_bad_batches: int = 10,
+        average: float | None = None,
+        recompute: bool = False,
     ):
-        super().__init__(model, optimizer, budget, clip, max_bad_batches)
-        self.objective = objective
+        super().__init__(model, optimizer, budget, clip, max_bad_batches, average)
+        self.objective, self.recompute = objective, recompute
+        self.work_has_flops = True
+        self.parts = parts(model)
 
     def parameter_groups(self) -> Iterable[Any]:
-        parameters = list(self.model.parameters())
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        named = {id(p) for p in undecayed(self.model)}
+        spared = [p for p in trained if p.ndim < 2 or id(p) in named]
+        chosen = {id(p) for p in spared}
         return [
-            {"params": [p for p in parameters if p.ndim >= 2]},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in trained if id(p) not in chosen]},
+            {"params": spared, "weight_decay": 0.0},
         ]
 
     def losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
-        return self.objective.losses(self.model, batch)
+        if not self.recompute:
+            return self.objective.losses(self.model, batch)
+        with recomputed(decoder_layers(self.model.lm.base_model)):
+            return self.objective.losses(self.model, batch)
+
+    def gradients(self) -> dict[str, float]:
+        norms = {f"grad_{name}": norm(part()) for name, part in self.parts.items()}
+        if not norms:
+            return {}
+        return dict(zip(norms, torch.stack([*norms.values()]).tolist(), strict=True))  # waits for a GPU once
+
+    def work(self, batch: Batch) -> dict[str, float]:
+        """Ids read (padding is none), by modality; a picture position counts each of its codes."""
+        ids_BTW = batch.ids_BTW[batch.document_BT >= 0]
+        pictures = int(self.model.is_image(ids_BTW).sum())
+        text = int((ids_BTW >= 0).sum()) - pictures
+        return {
+            "text_tokens": float(text),
+            "image_tokens": float(pictures),
+            "flops": model_flops(self.model, self.objective, batch),
+        }
+
+
+# --- layers that run again ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def recomputed(layers: nn.ModuleList) -> Iterator[None]:
+    """For the length of the block, each layer's `forward` keeps its inputs alone.
+
+    What stands around the layer, such as a head's hooks between layers, stays outside and is not run again: the hooks
+    of `lm.heads.between_layers` are gone by then, which is why transformers' own gradient checkpointing will not do.
+    """
+    for layer in layers:
+        layer.forward = _again(layer.forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the class's own shows again
+
+
+def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*arguments: Any, **named: Any) -> Any:
+        return checkpoint(forward, *arguments, use_reentrant=False, **named)
+
+    return run
+
+
+# --- gradients by part ----------------------------------------------------------------------------------------------
+
+
+def parts(model: MultimodalLM) -> dict[str, Callable[[], list[Tensor]]]:
+    """Name → the gradients of that part of the model, as they are when asked."""
+    first, size = model.form.vocabulary.image_offset, model.form.vocabulary.size
+    rows = row_parameters(model)
+    tables = {id(p) for p in rows}
+    trunk = [p for p in model.lm.parameters() if p.requires_grad and id(p) not in tables]
+    head = [p for p in model.head.parameters() if p.requires_grad]
+    found: dict[str, Callable[[], list[Tensor]]] = {
+        "text_rows": lambda: [p.grad[:first] for p in rows if p.grad is not None],
+        "image_rows": lambda: [p.grad[first:size] for p in rows if p.grad is not None],
+        "trunk": lambda: [p.grad for p in trunk if p.grad is not None],
+        "head": lambda: [p.grad for p in head if p.grad is not None],
+    }
+    wanted = {"text_rows": rows, "image_rows": rows, "trunk": trunk, "head": head}
+    return {name: gradients for name, gradients in found.items() if wanted[name]}
+
+
+def norm(gradients: list[Tensor]) -> Tensor:
+    """Euclidean norm of all numbers together."""
+    return nn.utils.get_total_norm(gradients, foreach=True) if gradients else torch.zeros(())
+
+
+# --- operations -----------------------------------------------------------------------------------------------------
+
+
+def model_flops(model: MultimodalLM, objective: NextToken | FullVocabulary, batch: Batch) -> float:
+    """Floating-point operations that a step on this batch needs, forward and backward; nothing run twice counts twice.
+
+    As Chowdhery et al. 2022 (PaLM, arXiv 2204.02311, appendix B) count them: 6 for each weight of a layer and position
+    (4 for a frozen one, whose gradient is not needed), and 12 · layers · attention width for each position that a
+    position sees. Only positions of documents and pairs within one count, not padding. 6 for each number of the output
+    rows that competes with a label.
+    """
+    vocabulary, config = model.form.vocabulary, model.lm.config
+    positions = batch.positions_BT[batch.document_BT >= 0]
+    layers = decoder_layers(model.lm.base_model)
+    weights = sum(p.numel() * (6 if p.requires_grad else 4) for p in layers.parameters() if p.ndim > 1)
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    pairs = float((positions + 1).sum())
+
+    labelled_BTW = batch.next_BTW >= 0
+    image_BTW = model.is_image(batch.next_BTW)
+    codes, places = float(image_BTW.sum()), float(image_BTW.any(-1).sum())
+    texts = float((labelled_BTW & ~image_BTW).sum())
+    text_width, image_width = objective.competitors(vocabulary)
+    rows = 6 * config.hidden_size * (texts * text_width + codes * image_width)
+    return weights * len(positions) + 12 * len(layers) * width * pairs + rows + head_flops(model.head, places)
+
+
+def head_flops(head: Head, places: float) -> float:
+    """6 for each weight and use of it; the depth transformer uses all of them for each code of a position."""
+    weights = sum(p.numel() for p in head.parameters() if p.ndim > 1)
+    return 6 * weights * places * (head.width if isinstance(head, DepthTransformerHead) else 1)

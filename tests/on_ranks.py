@@ -1,4 +1,4 @@
-"""Two processes that train quantizers together, for test_ranks.py: a spawned process must find its function by import.
+"""Processes that train together, for tests of several ranks: a spawned process must find its function by import.
 
 Legend: B batch, D latent width, h w grid, N = B·h·w vectors.
 """
@@ -27,7 +27,8 @@ def _join(rank, world, folder, function, arguments, before):
     try:
         function(rank, world, folder, *made)
     finally:
-        distributed.destroy_process_group()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def make_models(nodes):
@@ -100,3 +101,73 @@ def average_gradients(model, world):
     for parameter in model.parameters():
         if parameter.grad is not None:
             parameter.grad = sum_over_ranks(parameter.grad) / world
+
+
+# --- language models ------------------------------------------------------------------------------------------------
+
+LM_BATCHES, LM_STOP = 6, 3
+
+
+def make_lm_learner(batches=LM_BATCHES, head="layered", objective=None, **options):
+    import torch
+    from tiny import make_model as make_lm
+
+    from lm.learner import LMLearner
+    from lm.objectives.next_token import NextToken
+    from vqlm.training import Budget
+
+    model, _ = make_lm(head)
+    adam = lambda groups: torch.optim.AdamW(groups, lr=1e-2, eps=1e-3)  # noqa: E731
+    budget = Budget(batches=batches, warmup=2)
+    return LMLearner(model.train(), objective or NextToken(z=1e-3), adam, budget, **options)
+
+
+def make_documents(rank=0, ranks=1, seed=0):
+    """total → batches of this rank. Texts are of unequal length, so that ranks hold unequal numbers of tokens."""
+    import torch
+    from tiny import make_format
+
+    from lm.data import DocumentBatches, Mixture, Pairs
+
+    form = make_format()[0]
+    codes = torch.randint(0, 16, (12, 2, 2, 2), generator=torch.Generator().manual_seed(0))
+    names = [str(i) for i in range(12)]
+    captions = [tuple(range(i, 2 * i + 1)) for i in range(12)]
+    pairs = Pairs(captions, codes, names, names, names)
+    mixture = Mixture(text_to_image=0.5, image_to_text=0.5, noise=0.2)
+    return lambda total: DocumentBatches(pairs, form, mixture, 6, 48, seed, total, rank=rank, ranks=ranks)
+
+
+def train_lm(rank, world, folder):
+    """One run, and one that a signal to rank 1 alone stops and that goes on; their states in `folder`."""
+    import os
+    import signal
+    from pathlib import Path
+
+    import torch
+    from safetensors.torch import save_file
+    from tiny import Terminated
+
+    from vqlm import training
+    from vqlm.errors import Interrupted
+    from vqlm.hardware import Hardware
+
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    training.leave = lambda: None  # the ranks stay together for the next run
+    hardware = Hardware(torch.device("cpu"), "fp32", world, "ddp")
+    folder, documents = Path(folder), make_documents(rank, world)
+    stopped = lambda total: Terminated(documents(total), LM_STOP if rank == 1 else None)  # noqa: E731
+    found = {}
+    for name, batches in (("whole", documents), ("parts", stopped), ("parts", documents)):
+        torch.manual_seed(rank)
+        learner = make_lm_learner(average=0.5)
+        try:
+            training.fit(learner, batches, folder / name, hardware, "test")
+        except Interrupted:
+            assert learner.batches_seen == LM_STOP + 1
+        tensors, data = learner.training_state()
+        found |= {f"{name}/{k}": v.detach().clone().contiguous() for k, v in tensors.items()}
+        found[f"{name}/samples"] = torch.tensor(data["counters"]["samples_seen"])
+        found[f"{name}/signals"] = torch.tensor(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
+    save_file(found, str(folder / f"rank-{rank}.safetensors"))

@@ -196,7 +196,8 @@ def _run_job(made: Command, config: DictConfig) -> None:
 def run(made: Command, config: dict[str, Any]) -> None:
     """Check, build, open the run folder, work: in this order, so that a wrong configuration leaves nothing."""
     schema.check(config, made.function, made.packages)
-    out = config.get("out")
+    # of several processes that run one job together (vqlm.ranks) the first one alone has a run folder
+    out = config.get("out") if os.environ.get("RANK", "0") == "0" else None
     if out is not None:
         check_run_folder(out, config, made.free)
     if isinstance(config.get("seed"), int):
@@ -291,6 +292,7 @@ def _close_run_folder(folder: Path) -> None:
         "config.yaml",
         "rejects.json",
         "log.jsonl",
+        "retention.jsonl",
         "checkpoints",
     }:
         shutil.rmtree(folder)

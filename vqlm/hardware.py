@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -14,20 +15,49 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal[
     "auto", "bf16", "fp32", "fp16"
 ]  # fp16 is known, so that it can be refused with the reason
+Strategy = Literal["auto", "ddp", "fsdp"]  # fsdp is known, so that it can be refused with the reason
+
+# Dense bf16 operations per second from the makers' data sheets, without sparsity; by what torch calls the device.
+BF16_PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "RTX 4090": 165e12,
+}
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where and how a model runs."""
+    """Where and how a model runs. devices: processes that train together, each with a device (or threads) of its own.
+
+    strategy: how they share the work. "ddp": each holds the whole model, and gradients are averaged.
+    """
 
     device: torch.device
     precision: Literal["bf16", "fp32"]
+    devices: int = 1
+    strategy: Literal["single", "ddp"] = "single"
 
     @property
     def lightning(self) -> dict[str, object]:
         """Arguments for `lightning.Trainer`."""
         precision = "bf16-mixed" if self.precision == "bf16" else "32-true"
-        return {"accelerator": self.device.type, "devices": 1, "precision": precision}
+        found: dict[str, object] = {"accelerator": self.device.type, "devices": 1, "precision": precision}
+        if self.devices == 1:
+            return found
+        from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+        # a batch without pictures, or one of them, leaves parameters without a gradient
+        strategy = "ddp_find_unused_parameters_true"
+        plugins = [TorchElasticEnvironment()]  # who is who stands in the environment (`vqlm.ranks.start`)
+        return {**found, "devices": self.devices, "strategy": strategy, "plugins": plugins}
 
     def __str__(self) -> str:
         name = (
@@ -35,14 +65,18 @@ class Hardware:
             if self.device.type == "cuda"
             else f"{torch.get_num_threads()} threads"
         )
-        return f"{self.device.type} ({name}), {self.precision}"
+        many = f", {self.devices} processes ({self.strategy})" if self.devices > 1 else ""
+        return f"{self.device.type} ({name}), {self.precision}{many}"
 
 
-def detect(device: Device = "auto", precision: Precision = "auto") -> Hardware:
-    """The fastest device there is, and bf16 where it is faster.
+def detect(
+    device: Device = "auto", precision: Precision = "auto", devices: int = 1, strategy: Strategy = "auto"
+) -> Hardware:
+    """The fastest device there is, and bf16 where it is faster; of several processes, this one's device.
 
     Raises:
-        ConfigError: the device that was asked for is not there, or the precision is fp16.
+        ConfigError: the device that was asked for is not there or there are fewer, the precision is fp16, or the
+            strategy does not fit.
     """
     if precision == "fp16":
         raise ConfigError(
@@ -59,7 +93,49 @@ def detect(device: Device = "auto", precision: Precision = "auto") -> Hardware:
         )
     if precision == "auto":
         precision = "bf16" if _bf16_pays(device) else "fp32"
-    return Hardware(torch.device(device), precision)
+    sharing = _sharing(device, devices, strategy)
+    if device == "cuda" and devices > 1:
+        return Hardware(
+            torch.device(device, int(os.environ.get("LOCAL_RANK", 0))), precision, devices, sharing
+        )
+    return Hardware(torch.device(device), precision, devices, sharing)
+
+
+def _sharing(device: str, devices: int, strategy: Strategy) -> Literal["single", "ddp"]:
+    """How `devices` processes share the work."""
+    if devices < 1:
+        raise ConfigError(f"devices={devices}: at least 1")
+    if devices == 1:
+        if strategy != "auto":
+            raise ConfigError(f"strategy={strategy} with devices=1: it needs several; give devices=2 or more")
+        return "single"
+    if device == "mps":
+        raise ConfigError(f"devices={devices}: device=mps is a single one; use devices=1, or device=cpu")
+    if device == "cuda" and torch.cuda.device_count() < devices:
+        raise ConfigError(f"devices={devices}: there are {torch.cuda.device_count()} CUDA devices here")
+    if strategy == "fsdp":
+        reason = (
+            "" if device == "cuda" else f" (and Lightning has it for CUDA alone, not for device={device})"
+        )
+        raise ConfigError(
+            f"strategy=fsdp: not supported{reason}. Checkpoints here are of whole models, and a model whose parameters "
+            "are in parts is not put together again. Use strategy=ddp; learner.recompute=true saves memory"
+        )
+    return "ddp"
+
+
+def peak_flops(hardware: Hardware) -> float:
+    """Floating-point operations per second of one process's device: from BF16_PEAKS, or measured.
+
+    What is measured, a matrix product, is no ceiling but what the library reaches; larger ones may be faster.
+    """
+    name = torch.cuda.get_device_name(hardware.device) if hardware.device.type == "cuda" else ""
+    known = [peak for part, peak in BF16_PEAKS.items() if part in name]
+    if known and hardware.precision == "bf16":
+        return known[0]
+    size = 8192 if hardware.device.type == "cuda" else 1024
+    dtype = torch.bfloat16 if hardware.precision == "bf16" else torch.float32
+    return 2 * size**3 / _matmul_seconds(dtype, size, hardware.device)
 
 
 def _bf16_pays(device: str) -> bool:
@@ -71,11 +147,17 @@ def _bf16_pays(device: str) -> bool:
     return _matmul_seconds(torch.float32) > 1.3 * _matmul_seconds(torch.bfloat16)
 
 
-def _matmul_seconds(dtype: torch.dtype) -> float:
-    a = torch.ones(512, 512, dtype=dtype)
+def _matmul_seconds(
+    dtype: torch.dtype,
+    size: int = 512,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+) -> float:
+    a = torch.ones(size, size, dtype=dtype, device=device)
     seconds = []
     for _ in range(6):
         start = time.perf_counter()
         torch.mm(a, a)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return min(seconds[1:])

@@ -2,6 +2,9 @@
 
 Lightning drives the batches; counting, schedules and checkpoints are ours, because a framework's step count means
 other things with two optimizers, and its checkpoints are pickles. Knows neither pictures nor tokens.
+
+Several processes (ranks) may run one loop, each on its share of every batch: they take the same steps, skip the same
+batches and stop together; the first one writes.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -28,9 +31,23 @@ from torch.utils.data import DataLoader, Dataset
 
 from vqlm.errors import ConfigError, Interrupted
 from vqlm.files import clean, new_folder, sha256, write_json, write_text
-from vqlm.hardware import Hardware
+from vqlm.hardware import Hardware, peak_flops
 from vqlm.progress import percent
+from vqlm.ranks import (
+    first_rank_says,
+    largest_over_ranks,
+    leave,
+    rank,
+    rank_count,
+    rows_of_ranks,
+    sum_over_ranks,
+)
 
+FALLS: dict[str, Callable[[float], float]] = {  # share of the fall that is left, 1..0 → factor 1..0
+    "linear": lambda left: left,
+    "cosine": lambda left: (1 - math.cos(math.pi * left)) / 2,
+}
+COUNTERS = ("batches_seen", "samples_seen", "seconds", "bad_batches", "bad_in_a_row")
 FOREVER = 10**9  # batches of a run that only its minutes end
 
 
@@ -39,16 +56,24 @@ class Budget:
     """When a run ends, and how its learning rate goes: whichever of batches and minutes is used up first.
 
     batches: 0 = no limit; minutes: of training, over all resumed parts, 0 = no limit. The learning rate rises over
-    `warmup` batches, stays, and falls linearly to zero over the last `cooldown` share of the budget. With a limit in
-    minutes two runs on machines of unequal speed differ; for exact repetition set batches alone.
+    `warmup` batches, stays, and falls over the last `cooldown` share of the budget to `floor` times itself: linearly
+    ("WSD", Hu et al. 2024, arXiv 2404.06395) or as half a cosine (Loshchilov & Hutter 2016, arXiv 1608.03983, eq. 5;
+    with cooldown=1 there is no constant part). With a limit in minutes two runs on machines of unequal speed differ;
+    for exact repetition set batches alone.
     """
 
     batches: int = 0
     minutes: float = 0.0
     warmup: int = 50
     cooldown: float = 0.5
+    fall: Literal["linear", "cosine"] = "linear"
+    floor: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.fall not in FALLS or not 0 <= self.floor < 1:
+            raise ValueError(
+                f"fall={self.fall!r} must be one of {', '.join(FALLS)}, floor={self.floor} lie in [0, 1)"
+            )
         if self.batches < 0 or self.minutes < 0 or self.warmup < 0 or not 0 <= self.cooldown <= 1:
             raise ValueError(
                 f"batches={self.batches}, minutes={self.minutes}, warmup={self.warmup} must not be negative, "
@@ -66,8 +91,8 @@ class Budget:
     def rate(self, batches: int, progress: float) -> float:
         """Factor on the learning rate, 0..1."""
         rise = min(1.0, (batches + 1) / (self.warmup + 1))
-        fall = min(1.0, (1 - progress) / self.cooldown) if self.cooldown else 1.0
-        return rise * fall
+        left = min(1.0, (1 - progress) / self.cooldown) if self.cooldown else 1.0
+        return rise * (self.floor + (1 - self.floor) * FALLS[self.fall](left))
 
 
 class Learner(L.LightningModule):
@@ -91,6 +116,7 @@ class Learner(L.LightningModule):
         companions: dict[str, nn.Module] | None = None,
     ):
         super().__init__()
+        self.work_has_flops = False  # a subclass whose `work` counts them says so: the peak is then measured
         if average is not None and not 0 < average < 1:
             raise ValueError(f"average={average}: a decay between 0 and 1, such as 0.999, or null")
         if clip <= 0 or max_bad_batches < 1:
@@ -99,6 +125,8 @@ class Learner(L.LightningModule):
         self.model, self.budget, self.clip, self.max_bad_batches = model, budget, clip, max_bad_batches
         self.companions = nn.ModuleDict(companions)
         self.averaged = AveragedModel(model, avg_fn=warmed_average(average)) if average else None
+        if self.averaged is not None:
+            self.averaged.requires_grad_(False)  # or ranks would wait for its gradients
         self.optimizer = optimizer(self.parameter_groups())
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.batches_seen = 0
@@ -109,15 +137,32 @@ class Learner(L.LightningModule):
         self.bad_batches = 0
         self.bad_in_a_row = 0
         self.latest: dict[str, float] = {}
+        self.throughput = Throughput()
+        self.random_states: dict[str, Tensor] = {}  # of the checkpoint that a run goes on from
 
     # what a subclass gives -------------------------------------------------------------------------------------
 
     def losses(self, batch: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Weighted losses by name (their sum is minimised) and numbers to log. May raise ArithmeticError: bad batch."""
+        """Weighted losses by name (their sum is minimised) and numbers to log. May raise ArithmeticError: bad batch.
+
+        On several ranks: the same names on each, losses whose mean over the ranks is the loss of all they hold, numbers
+        that are equal on all, and no ArithmeticError on one rank alone.
+        """
         raise NotImplementedError
 
     def parameter_groups(self) -> Iterable[Any]:
         return [p for part in (self.model, self.companions) for p in part.parameters() if p.requires_grad]
+
+    def gradients(self) -> dict[str, float]:
+        """Called when gradients are there, before they are clipped; returns numbers to log."""
+        return {}
+
+    def work(self, batch: Any) -> dict[str, float]:
+        """What the step on this rank's batch was made of, by name; log and bar show it per second.
+
+        "flops": those that the model needs, shown as a share of what the hardware can do.
+        """
+        return {}
 
     def after_step(self) -> dict[str, float]:
         """Called after each good step; returns numbers to log."""
@@ -159,22 +204,26 @@ class Learner(L.LightningModule):
         self.optimizer.zero_grad(set_to_none=True)
         logs = self._step(batch)
         self.batches_seen += 1
-        self.samples_seen += sample_count(batch)
         now = time.perf_counter()
-        self.seconds += now - self._clock  # since the end of the step before: loading and saving count too
+        # since the end of the step before: loading and saving count too
+        passed = first_rank_says(now - self._clock, self.device)
+        work = _summed({"samples": float(sample_count(batch)), **self.work(batch)}, self.device)
+        self.seconds += passed
+        self.samples_seen += int(work.pop("samples"))
         self._clock = now
-        self.latest = {**logs, "rate": rate}
+        self.latest = {**logs, "rate": rate, **self.throughput.add(work, passed)}
 
     def _step(self, batch: Any) -> dict[str, float]:
         try:
             self.before_step()
             losses, logs = self.losses(batch)
             total = torch.stack(list(losses.values())).sum()
-            if not torch.isfinite(total):
-                raise ArithmeticError(
-                    f"loss is {float(total.detach())}: { {k: float(v.detach()) for k, v in losses.items()} }"
-                )
+            values = _mean_of_ranks(losses)
+            whole = float(sum_over_ranks(total.detach()) / rank_count())
+            if not math.isfinite(whole):
+                raise ArithmeticError(f"loss is {whole}: {values}")
             self.manual_backward(total)
+            logs |= self.gradients()
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]
             norm = nn.utils.clip_grad_norm_(trained, self.clip)
             if not torch.isfinite(norm):
@@ -186,7 +235,7 @@ class Learner(L.LightningModule):
         self.bad_in_a_row = 0
         if self.averaged is not None:
             self.averaged.update_parameters(self.model)
-        logs |= {"loss": float(total.detach()), **{k: float(v.detach()) for k, v in losses.items()}}
+        logs |= {"loss": whole, **values}
         return logs | self.after_step()
 
     def _skip(self, error: ArithmeticError) -> None:
@@ -213,11 +262,8 @@ class Learner(L.LightningModule):
         if self.averaged is not None:
             tensors |= {f"averaged/{k}": v for k, v in self.averaged.state_dict().items()}
         tensors |= {f"extra/{k}": v for k, v in self.extra_state().items()}
-        tensors["random/cpu"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            tensors["random/cuda"] = torch.cuda.get_rng_state()
-        counters = {k: getattr(self, k) for k in ("batches_seen", "samples_seen", "seconds", "bad_batches")}
-        return tensors, {"counters": counters}
+        tensors |= _random_states(self.device)
+        return tensors, {"counters": {name: getattr(self, name) for name in COUNTERS}}
 
     def load_training_state(self, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
         names = ("model", "companions", "averaged", "optimizer", "extra", "random")
@@ -236,11 +282,15 @@ class Learner(L.LightningModule):
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.load_extra_state(parts["extra"])
-        torch.set_rng_state(parts["random"]["cpu"].cpu().to(torch.uint8))
-        if "cuda" in parts["random"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state(parts["random"]["cuda"].cpu())
+        self.random_states = parts["random"]
+        self.restore_random()
         for name, value in data["counters"].items():
             setattr(self, name, value)
+
+    def restore_random(self) -> None:
+        """Random numbers go on where the saved run was. Again right before training: what was built since may draw."""
+        if self.random_states:
+            _set_random_states(self.random_states)
 
 
 def warmed_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
@@ -250,6 +300,62 @@ def warmed_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Ten
         return torch.lerp(value, average, min(decay, (1 + int(n)) / (10 + int(n))))
 
     return step
+
+
+def _mean_of_ranks(losses: dict[str, Tensor]) -> dict[str, float]:
+    values = sum_over_ranks(torch.stack([loss.detach() for loss in losses.values()])) / rank_count()
+    return dict(zip(losses, values.tolist(), strict=True))
+
+
+def _summed(work: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Sums over ranks; the names are equal on all."""
+    if rank_count() == 1:
+        return work
+    total = sum_over_ranks(torch.tensor(list(work.values()), dtype=torch.float64, device=device))
+    return dict(zip(work, total.tolist(), strict=True))
+
+
+def _random_states(device: torch.device) -> dict[str, Tensor]:
+    """Of each rank: random/cpu and random/cuda of the first, random/cpu/1 … of the others."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    found = {f"random/{name}": state for name, state in states.items()}
+    if rank_count() > 1:
+        for name, state in states.items():
+            for number, row in enumerate(rows_of_ranks(state[None].to(device)).cpu()):
+                found[f"random/{name}/{number}" if number else f"random/{name}"] = row
+    return found
+
+
+def _set_random_states(states: dict[str, Tensor]) -> None:
+    """This rank's own; a rank that the saved run did not have takes the first one's."""
+    own = {name: states.get(f"{name}/{rank()}", states.get(name)) for name in ("cpu", "cuda")}
+    assert own["cpu"] is not None
+    torch.set_rng_state(own["cpu"].cpu().to(torch.uint8))
+    if own["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(own["cuda"].cpu())
+
+
+class Throughput:
+    """Work per second since this process began, its first step (which allocates and compiles) left out."""
+
+    def __init__(self) -> None:
+        self.peak = 0.0  # floating-point operations per second of all ranks; 0: unknown
+        self.total: dict[str, float] = {}
+        self.seconds: float | None = None
+
+    def add(self, work: dict[str, float], seconds: float) -> dict[str, float]:
+        """Numbers to log: NAME_per_second, and mfu where "flops" is among the work and the peak is known."""
+        if self.seconds is None:
+            self.seconds = 0.0
+            return {}
+        self.seconds += seconds
+        self.total = {name: self.total.get(name, 0.0) + value for name, value in work.items()}
+        rates = {name: value / max(self.seconds, 1e-9) for name, value in self.total.items()}
+        flops = rates.pop("flops", 0.0)
+        found = {f"{name}_per_second": rate for name, rate in rates.items()}
+        return found | ({"mfu": flops / self.peak} if flops and self.peak else {})
 
 
 def sample_count(batch: Any) -> int:
@@ -267,9 +373,12 @@ class Checkpoints:
         self.folder, self.identity, self.keep = Path(folder), identity or {}, keep
 
     def save(self, learner: Learner) -> Path:
+        """Called on all ranks; the first one writes."""
         tensors, data = learner.training_state()
         data["identity"] = self.identity
         target = self.folder / f"batch-{learner.batches_seen:08d}"
+        if rank():
+            return target
         with new_folder(target) as part:
             save_file(
                 {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
@@ -286,7 +395,7 @@ class Checkpoints:
 
     def resume(self, learner: Learner) -> Path | None:
         """Load the newest checkpoint whose checksum is right; a damaged one is named and passed over."""
-        if self.folder.is_dir():
+        if self.folder.is_dir() and rank() == 0:
             clean(self.folder)
         for path in reversed(self.all()):
             try:
@@ -329,23 +438,28 @@ class Run(L.Callback):
         self.handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.log_path.touch()
-        kept = [e for e in read_log(self.log_path) if e["batch"] <= self.learner.batches_seen]
-        write_text(self.log_path, "".join(json.dumps(e) + "\n" for e in kept))
-        self.bar = percent(self.label)
+        if rank() == 0:
+            self.log_path.touch()
+            kept = [e for e in read_log(self.log_path) if e["batch"] <= self.learner.batches_seen]
+            write_text(self.log_path, "".join(json.dumps(e) + "\n" for e in kept))
+            self.bar = percent(self.label)
         self.handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.learner.restore_random()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         learner = self.learner
-        self.bar.update(100 * learner.progress - self.bar.n)
-        self.bar.set_postfix_str(postfix(learner), refresh=False)
         done = learner.progress >= 1
-        if done or time.monotonic() - self.last_logged > 1.0:
-            self.last_logged = time.monotonic()
-            self._write_log()
+        if self.bar is not None:
+            self.bar.update(100 * learner.progress - self.bar.n)
+            self.bar.set_postfix_str(postfix(learner), refresh=False)
+            if done or time.monotonic() - self.last_logged > 1.0:
+                self.last_logged = time.monotonic()
+                self._write_log()
+        self.signal_seen = largest_over_ranks(self.signal_seen or 0, learner.device) or None
+        due = time.monotonic() - self.last_saved > self.checkpoint_seconds
         if done or self.signal_seen:
             trainer.should_stop = True
-        if trainer.should_stop or time.monotonic() - self.last_saved > self.checkpoint_seconds:
+        if trainer.should_stop or first_rank_says(float(due), learner.device):
             self.checkpoints.save(learner)
             self.last_saved = time.monotonic()
 
@@ -367,7 +481,8 @@ class Run(L.Callback):
         if self.signal_seen:  # the second one does not wait for the step
             raise KeyboardInterrupt
         self.signal_seen = number
-        print(f"\n{self.label}: stopping after this step; the state will be saved", file=sys.stderr)
+        if rank() == 0:
+            print(f"\n{self.label}: stopping after this step; the state will be saved", file=sys.stderr)
 
     def _write_log(self) -> None:
         learner = self.learner
@@ -381,10 +496,12 @@ class Run(L.Callback):
 
 
 def postfix(learner: Learner) -> str:
-    rate = learner.samples_seen / max(learner.seconds, 1e-9)
-    return (
-        f"batch {learner.batches_seen}, {rate:.0f} samples/s, loss {learner.latest.get('loss', math.nan):.4f}"
-    )
+    latest, suffix = learner.latest, "_per_second"
+    rates = {"samples": learner.samples_seen / max(learner.seconds, 1e-9)}
+    rates |= {k.removesuffix(suffix): v for k, v in latest.items() if k.endswith(suffix)}
+    parts = [f"{rate:.0f} {name.replace('_', ' ')}/s" for name, rate in rates.items()]
+    parts += [f"MFU {latest['mfu']:.0%}"] if "mfu" in latest else []
+    return f"batch {learner.batches_seen}, {', '.join(parts)}, loss {latest.get('loss', math.nan):.4f}"
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -403,7 +520,9 @@ class Once(DataLoader):
 
     def __init__(self, batches: Dataset, start: int, workers: int):
         total = len(batches)  # type: ignore[arg-type]
-        super().__init__(batches, batch_size=None, sampler=_Range(start, total), num_workers=workers)
+        # a generator of its own: otherwise each start of a run would draw a number from the one that training uses
+        sampler, random = _Range(start, total), torch.Generator()
+        super().__init__(batches, batch_size=None, sampler=sampler, num_workers=workers, generator=random)
 
 
 class _Range(torch.utils.data.Sampler[int]):
@@ -433,6 +552,8 @@ def fit(
     batches: total → dataset whose item n is batch n of the run. identity: JSON that says what is trained on.
     callbacks: what else watches the run; they come before ours, so that what they leave in the learner is saved.
     The learner is left on the hardware's device. Returns False if the run had been finished before.
+    Several ranks (`vqlm.ranks.start`): each calls it with its share of the batches. The first one returns, alone again;
+    for the others the run is over, and they exit.
 
     Raises:
         Interrupted: SIGTERM came (KeyboardInterrupt: Ctrl-C); the step was finished and the state saved.
@@ -444,19 +565,30 @@ def fit(
     run = Run(learner, folder, identity or {}, checkpoint_minutes, label)
     learner.to(hardware.device)  # before a resumed optimizer state is put beside the parameters
     found = run.checkpoints.resume(learner)
-    if found:
+    if found and rank() == 0:
         print(f"{label}: going on from {found} ({100 * learner.progress:.0f} % done)", file=sys.stderr)
-    if learner.progress >= 1:
-        return False
-    loader = Once(batches(learner.budget.batches or FOREVER), learner.batches_seen, workers)
+    unfinished = learner.progress < 1
+    if unfinished:
+        loader = Once(batches(learner.budget.batches or FOREVER), learner.batches_seen, workers)
+        _train(learner, loader, hardware, [*callbacks, run])
+    learner.to(hardware.device)  # Lightning leaves it on the CPU
+    leave()
+    if run.signal_seen:
+        raise KeyboardInterrupt if run.signal_seen == signal.SIGINT else Interrupted
+    return unfinished
+
+
+def _train(learner: Learner, loader: DataLoader, hardware: Hardware, callbacks: Sequence[L.Callback]) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # banners, not news
+    if learner.work_has_flops:
+        learner.throughput.peak = rank_count() * peak_flops(hardware)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
         trainer = L.Trainer(
             **hardware.lightning,  # type: ignore[arg-type]
             max_epochs=1,
-            callbacks=[*callbacks, run],
+            callbacks=list(callbacks),
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -464,10 +596,6 @@ def fit(
             use_distributed_sampler=False,
         )
         trainer.fit(learner, loader)
-    learner.to(hardware.device)  # Lightning leaves it on the CPU
-    if run.signal_seen:
-        raise KeyboardInterrupt if run.signal_seen == signal.SIGINT else Interrupted
-    return True
 
 
 def check_loading(workers: int, checkpoint_minutes: float) -> None:

@@ -1,90 +1,116 @@
 """Next-token prediction: cross-entropy of text and of picture codes, each over the ids that the grammar allows.
 
-Legend: B rows, T positions, W columns, N picture positions, K codebook size, V text ids and specials.
+Legend: B rows, T positions, W columns, N picture positions, C hidden width, K codebook size, V text ids and specials.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from lm.data import Batch
 from lm.grammar import Grammar
+from lm.heads import Predicted
 from lm.model import MultimodalLM
+from lm.objectives.scoring import LIMIT, ModalityLoss, Weights, nothing, score, to_bits
+from lm.objectives.soft_codes import SoftCodes
+from lm.packing import Batch
+from lm.vocab import Vocabulary
 
-
-@dataclass
-class ModalityLoss:
-    """Sums over the tokens of one modality; natural logarithm."""
-
-    nll: Tensor  # Σ -log p
-    z: Tensor  # Σ (log Z)²
-    count: int
-
-    @property
-    def mean(self) -> Tensor:
-        return self.nll / max(self.count, 1)
-
-    @property
-    def mean_z(self) -> Tensor:
-        return self.z / max(self.count, 1)
+__all__ = ["ModalityLoss", "NextToken", "legal_losses", "measure", "to_bits"]
 
 
 class NextToken:
     """Σ of text · mean text loss, image · mean image loss, and z · mean (log Z)² (Chameleon, arXiv 2405.09818, §2.3).
 
-    The loss of a token is -log of its share among the ids that may stand there: V with pad, <bos> and <image_end>
-    masked for text, the K codes of its depth for pictures.
+    The loss of a token is -log of its share among the ids that may stand there: all text ids and marks that the grammar
+    allows for text, the sizes for a size (counted as text), the K codes of its depth for pictures.
+    soft: pictures are learnt from soft targets (`SoftCodes`); null: from the codes of the store alone.
     """
 
-    def __init__(self, text: float = 0.2, image: float = 1.0, z: float = 1e-5):
-        if text < 0 or image < 0 or z < 0 or text + image == 0:
-            raise ValueError(
-                f"text={text}, image={image}, z={z}: weights must not be negative, text or image positive"
-            )
-        self.text, self.image, self.z = text, image, z
+    def __init__(self, text: float = 0.2, image: float = 1.0, z: float = 1e-5, soft: SoftCodes | None = None):
+        self.weights, self.soft = Weights(text, image, z), soft
+
+    def competitors(self, vocabulary: Vocabulary) -> tuple[int, int]:
+        """How many ids compete for a text label, and for a picture label."""
+        return vocabulary.image_offset, vocabulary.codebook_size
 
     def losses(self, model: MultimodalLM, batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Weighted losses by name, and unweighted bits per token."""
-        text, image = measure(model, batch)
-        total = {"text": self.text * text.mean, "image": self.image * image.mean}
-        total["z"] = self.z * (text.mean_z + image.mean_z)
-        bits = {"text_bits": to_bits(text), "image_bits": to_bits(image)}
-        return {k: v for k, v in total.items() if getattr(self, k)}, bits
+        """Weighted losses by name; unweighted bits per token, and entropies of the predictions in bits."""
+        ids_BTW, next_BTW = batch.ids_BTW, batch.next_BTW
+        if self.soft is not None:
+            ids_BTW, next_BTW = self.soft.replace(model.form.vocabulary, ids_BTW, next_BTW)
+        made = model.teach(ids_BTW, next_BTW, batch.mask, batch.positions_BT)
+        return self.weights.weigh(*legal_losses(model, made, batch.next_BTW, self.soft))
 
 
-def measure(model: MultimodalLM, batch: Batch) -> tuple[ModalityLoss, ModalityLoss]:
-    """Text and image losses of a batch, unweighted."""
-    next_BTW = batch.next_BTW
-    made = model.teach(batch.ids_BTW, next_BTW, batch.mask, batch.positions_BT)
-    where_BT = model.is_image(next_BTW[..., 0])
-    depth_BTW = Grammar(model.form).label_depths(next_BTW.cpu()).to(next_BTW.device)
+def measure(model: MultimodalLM, batch: Batch, limit: int = LIMIT) -> tuple[ModalityLoss, ModalityLoss]:
+    """Text and image losses of a batch, unweighted, of this process alone. limit: logits that may exist at once."""
+    made = model.teach(batch.ids_BTW, batch.next_BTW, batch.mask, batch.positions_BT)
+    return legal_losses(model, made, batch.next_BTW, limit=limit)
 
-    rows = model.output_rows()
-    is_text = depth_BTW[..., 0] == model.form.vocabulary.depth
-    allowed = Grammar(model.form).text_mask(next_BTW.device)
-    text_logits = model.text_logits(made.hidden_BTC[is_text], rows).float().masked_fill(~allowed, -torch.inf)
-    text = cross_entropy(text_logits, next_BTW[..., 0][is_text])
 
-    image = ModalityLoss(text.nll.new_zeros(()), text.nll.new_zeros(()), 0)
-    for column, feature_NC in enumerate(made.features):
-        ids_N, depth_N = next_BTW[where_BT][:, column], depth_BTW[where_BT][:, column]
+def legal_losses(
+    model: MultimodalLM,
+    made: Predicted,
+    next_BTW: Tensor,
+    soft: SoftCodes | None = None,
+    limit: int = LIMIT,
+) -> tuple[ModalityLoss, ModalityLoss]:
+    """Text and image losses of what the model predicted. next_BTW: what truly follows."""
+    grammar, rows = Grammar(model.form), model.output_rows()
+    vocabulary = model.form.vocabulary
+    depth_BTW = grammar.label_depths(next_BTW)
+
+    text = nothing(made.hidden_BTC.float())
+    masks = {
+        vocabulary.depth: grammar.text_mask(next_BTW.device),
+        vocabulary.depth + 1: grammar.size_mask(next_BTW.device),
+    }
+    for kind, allowed_V in masks.items():
+        at_BT = depth_BTW[..., 0] == kind
+
+        def logits(hidden_nC: Tensor, allowed_V: Tensor = allowed_V) -> Tensor:
+            return at_least_single(model.text_logits(hidden_nC, rows)).masked_fill(~allowed_V, -torch.inf)
+
+        width = vocabulary.image_offset
+        text = text + score(made.hidden_BTC[at_BT], next_BTW[..., 0][at_BT], logits, width, limit=limit)
+    return text, _image_losses(model, made, next_BTW, depth_BTW, rows, soft, limit)
+
+
+def _image_losses(
+    model: MultimodalLM,
+    made: Predicted,
+    next_BTW: Tensor,
+    depth_BTW: Tensor,
+    rows: list,
+    soft: SoftCodes | None,
+    limit: int,
+) -> ModalityLoss:
+    vocabulary = model.form.vocabulary
+    image = nothing(made.hidden_BTC.float())
+    for feature_NC, ids_N, depth_N in columns(model, made, next_BTW, depth_BTW):
         for depth in depth_N.unique().tolist():
-            at = depth_N == depth
-            logits = model.image_logits(feature_NC[at], depth, rows).float()
-            part = cross_entropy(logits, ids_N[at] - model.form.vocabulary.image_range(depth).start)
-            image = ModalityLoss(image.nll + part.nll, image.z + part.z, image.count + part.count)
-    return text, image
+            if not 0 <= depth < vocabulary.depth:
+                continue  # an empty column
+            at_N = depth_N == depth
+
+            def logits(feature_nC: Tensor, depth: int = depth) -> Tensor:
+                return at_least_single(model.image_logits(feature_nC, depth, rows))
+
+            codes_n = ids_N[at_N] - vocabulary.image_range(depth).start
+            soften = None if soft is None else soft.targets(depth)
+            part = score(feature_NC[at_N], codes_n, logits, vocabulary.codebook_size, soften, limit)
+            image = image + part
+    return image
 
 
-def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> ModalityLoss:
-    """Summed over N; the log-partition is computed once for both terms."""
-    log_z = torch.logsumexp(logits_NV, -1)
-    chosen = logits_NV.gather(-1, targets_N[:, None])[:, 0]
-    return ModalityLoss((log_z - chosen).sum(), log_z.square().sum(), len(targets_N))
+def columns(model: MultimodalLM, made: Predicted, next_BTW: Tensor, depth_BTW: Tensor):
+    """For each column: features (N,C) of the positions followed by picture ids, those ids (N), their depths (N)."""
+    where_BT = model.is_image(next_BTW).any(-1)
+    ids_NW, depth_NW = next_BTW[where_BT], depth_BTW[where_BT]
+    return zip(made.features, ids_NW.unbind(-1), depth_NW.unbind(-1), strict=True)
 
 
-def to_bits(loss: ModalityLoss) -> float:
-    return float(loss.mean.detach()) / float(torch.log(torch.tensor(2.0)))
+def at_least_single(logits: Tensor) -> Tensor:
+    """Sums of probabilities are taken in fp32, or in fp64 where the model is."""
+    return logits if logits.dtype == torch.float64 else logits.float()
