@@ -25,15 +25,19 @@ def generate(
     top_k: int | None,
     top_p: float | None,
     seed: int,
+    size: list[int] | None,
     out: str,
     device: Device,
 ) -> None:
     """Draw n pictures of a prompt."""
     if not 1 <= n <= 4096:
         raise ConfigError(f"n={n}: from 1 to 4096 pictures")
+    if size is not None and len(size) != 2:
+        raise ConfigError(f"size={size}: height and width in pixels, such as [64,64], or null")
     pipeline = Pipeline.from_pretrained(model, device)
     try:
-        pictures = pipeline.generate(prompt, n, guidance, temperature, top_k, top_p, seed)
+        shape = None if size is None else (size[0], size[1])
+        pictures = pipeline.generate(prompt, n, guidance, temperature, top_k, top_p, seed, shape)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     target = Path(out)

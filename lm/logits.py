@@ -9,15 +9,62 @@ import torch
 from torch import Tensor
 
 
-def guide(conditional_BV: Tensor, unconditional_BV: Tensor, scale: float) -> Tensor:
+def guide(conditional_BV: Tensor, unconditional_BV: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance u + s·(c - u) (Ho & Salimans 2022, arXiv 2207.12598). 1 = none, 0 = unconditional.
 
-    Some papers write (1+s)·c - s·u: their s is ours minus 1.
+    Some papers write (1+s)·c - s·u: their s is ours minus 1. scale: a number, or (B,1).
     """
-    if scale == 1:
+    if isinstance(scale, int | float) and scale == 1:
         return conditional_BV
     guided = unconditional_BV + scale * (conditional_BV - unconditional_BV)
     return guided.masked_fill(conditional_BV == -torch.inf, -torch.inf)  # -inf minus -inf would be NaN
+
+
+def guide_edit(
+    full_BV: Tensor,
+    image_BV: Tensor,
+    unconditional_BV: Tensor,
+    scale: float | Tensor,
+    image_scale: float | Tensor,
+) -> Tensor:
+    """Guidance of an edit u + s_i·(i - u) + s·(f - i), as Chameleon's and InstructPix2Pix's (arXiv 2211.09800, eq. 3).
+
+    full: picture and instruction are given; image: the picture alone; unconditional: neither.
+    """
+    guided = unconditional_BV + image_scale * (image_BV - unconditional_BV) + scale * (full_BV - image_BV)
+    return guided.masked_fill(full_BV == -torch.inf, -torch.inf)
+
+
+def guide_projected(
+    conditional_BV: Tensor,
+    unconditional_BV: Tensor,
+    scale: float | Tensor,
+    parallel: float = 0.0,
+    norm: float = 0.0,
+) -> Tensor:
+    """Adaptive projected guidance c + (s - 1)·(d⊥ + parallel·d∥) (Sadat et al. 2024, arXiv 2410.02416, §4), d = c - u.
+
+    d∥ is the part of d along c, the one that saturates. Made for pictures, not for logits, so: both rows are centred
+    over the ids that are not masked (a softmax does not feel a constant, a projection would); d is shortened to
+    norm·√V (0: not at all); the momentum has no meaning from one position to the next and is left out. parallel = 1
+    and norm = 0 is `guide`, scale 1 none.
+    """
+    legal_BV = conditional_BV != -torch.inf
+    c, u = _centred(conditional_BV, legal_BV), _centred(unconditional_BV, legal_BV)
+    difference = c - u
+    if norm:
+        longest = norm * legal_BV.sum(-1, keepdim=True).double().sqrt()
+        length = difference.norm(dim=-1, keepdim=True)
+        difference = difference * (longest / length.clamp(min=1e-12)).clamp(max=1)
+    along = (difference * c).sum(-1, keepdim=True) / c.square().sum(-1, keepdim=True).clamp(min=1e-12) * c
+    guided = c + (scale - 1) * (difference - along + parallel * along)
+    return guided.masked_fill(~legal_BV, -torch.inf).to(conditional_BV.dtype)
+
+
+def _centred(logits_BV: Tensor, legal_BV: Tensor) -> Tensor:
+    """float64, mean 0 over the legal ids of a row, 0 elsewhere."""
+    x = logits_BV.double().masked_fill(~legal_BV, 0.0)
+    return (x - x.sum(-1, keepdim=True) / legal_BV.sum(-1, keepdim=True)).masked_fill(~legal_BV, 0.0)
 
 
 def temper(logits_BV: Tensor, temperature: float) -> Tensor:
@@ -47,19 +94,26 @@ def top_p(logits_BV: Tensor, p: float) -> Tensor:
     return logits_BV.masked_fill(~keep, -torch.inf)
 
 
-def draw(logits_BV: Tensor, generator: torch.Generator) -> Tensor:
-    """One id for each row (B), from softmax(logits)."""
-    probabilities = logits_BV.float().softmax(-1)
-    return torch.multinomial(probabilities.cpu(), 1, generator=generator)[:, 0].to(logits_BV.device)
+def min_p(logits_BV: Tensor, p: float) -> Tensor:
+    """Keep ids at least p times as likely as the likeliest one (Nguyen et al. 2024, arXiv 2407.01082); 0 = all."""
+    if p == 0:
+        return logits_BV
+    least = logits_BV.amax(-1, keepdim=True) + torch.log(torch.tensor(p))
+    return logits_BV.masked_fill(logits_BV < least, -torch.inf)
 
 
-def check_sampling(guidance: float, temperature: float, k: int, p: float) -> None:
-    """ValueError on settings that no draw can be made with."""
-    if not (temperature >= 0 and temperature < float("inf")):
-        raise ValueError(f"temperature={temperature}: must be 0 (greedy) or a positive number")
-    if k < 0:
-        raise ValueError(f"top_k={k}: must be 0 (all) or positive")
-    if not 0 < p <= 1:
-        raise ValueError(f"top_p={p}: must lie in (0, 1]; 1 keeps all")
-    if not (guidance >= 0 and guidance < float("inf")):
-        raise ValueError(f"guidance={guidance}: must be 0 (unconditional), 1 (none) or more")
+def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """One id for each row (B) from softmax(logits), by a number in [0, 1) for each: where the sum of probabilities
+    passes it. A masked id has no probability and is never drawn.
+    """
+    probabilities_BV = logits_BV.double().softmax(-1)
+    cumulated_BV = probabilities_BV.cumsum(-1)
+    at_B1 = uniform_B.to(cumulated_BV)[:, None] * cumulated_BV[:, -1:]
+    found_B = torch.searchsorted(cumulated_BV, at_B1, right=True)[:, 0]
+    last_B = (
+        (probabilities_BV > 0)
+        .long()
+        .mul(torch.arange(1, 1 + logits_BV.shape[-1], device=at_B1.device))
+        .amax(-1)
+    )
+    return torch.minimum(found_B, last_B - 1)  # rounding may end at the very last number

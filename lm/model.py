@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from lm.architecture import attention_mask, decoder_layers, final_logits
 from lm.heads import Head, Predicted, TrunkInputs, last_chosen
 from lm.sequence import NONE, SequenceFormat
 
@@ -23,7 +24,7 @@ Rows = tuple[Tensor, Tensor | None]  # weight (n,C) and bias (n) of some output 
 
 
 class MultimodalLM(nn.Module):
-    """lm: a causal LM whose vocabulary has been extended to `form.vocabulary.size` rows (`add_rows` does that)."""
+    """lm: a causal LM whose vocabulary has been extended to `form.vocabulary.size` rows (`lm.rows.add_rows`)."""
 
     def __init__(self, lm: PreTrainedModel, head: Head, form: SequenceFormat):
         super().__init__()
@@ -37,15 +38,20 @@ class MultimodalLM(nn.Module):
                 f"the head predicts {head.width} ids per position, layout {form.layout.name!r} has {form.width}"
             )
         self.lm, self.head, self.form = lm, head, form
+        self.finish = final_logits(lm.config)
+        self.held_rows = 0  # input and output rows below it are not trained (`lm.tune`)
 
     def teach(self, ids_BTW: Tensor, next_BTW: Tensor, mask: Tensor, positions_BT: Tensor) -> Predicted:
         """Training pass. next_BTW: what follows each position (NONE: nothing to predict).
 
         mask: (B,1,T,T) bool, True where a position may look. Returns hidden states of all positions and W features
-        (N,C) of the N positions that picture ids follow, in row-major order.
+        (N,C) of the N positions that picture ids follow, in row-major order. Of such a position's next ids some may be
+        NONE (delayed layout).
         """
-        where_BT = self.is_image(next_BTW[..., 0])
-        shown_BTW = torch.where(where_BT[..., None], next_BTW, torch.full_like(next_BTW, NONE))
+        where_BT = self.is_image(next_BTW).any(-1)
+        # what follows is read by heads even where it is given and not learnt, as in decoding
+        read_BTW = torch.where(where_BT[..., None], next_BTW, followers(ids_BTW))
+        shown_BTW = torch.where(self.is_image(read_BTW), read_BTW, NONE)
         return self.head.teach(self._inputs(ids_BTW, mask, positions_BT, None), shown_BTW, where_BT)
 
     def step(
@@ -57,10 +63,8 @@ class MultimodalLM(nn.Module):
         choose_last: Callable[[int, Tensor], Tensor],
     ) -> Predicted:
         """Decoding pass over T new positions. choose_last(column, feature_BC) → ids (B) drawn after the last one."""
-        known_BTW = torch.cat([ids_BTW[:, 1:], torch.full_like(ids_BTW[:, :1], NONE)], 1)
-        image_BTW = torch.where(
-            self.is_image(known_BTW[..., :1]), known_BTW, torch.full_like(known_BTW, NONE)
-        )
+        known_BTW = followers(ids_BTW)
+        image_BTW = torch.where(self.is_image(known_BTW), known_BTW, NONE)
         inputs = self._inputs(ids_BTW, mask, positions_BT, cache)
         return self.head(inputs, last_chosen(image_BTW, choose_last))
 
@@ -79,11 +83,11 @@ class MultimodalLM(nn.Module):
 
     def text_logits(self, hidden: Tensor, rows: list[Rows] | None = None) -> Tensor:
         """(…,C) → (…,V): scores of text ids and specials, unmasked. rows: `output_rows()`, if at hand."""
-        return F.linear(hidden, *(rows or self.output_rows())[0])
+        return self.finish(F.linear(hidden, *(rows or self.output_rows())[0]))
 
     def image_logits(self, feature: Tensor, depth: int, rows: list[Rows] | None = None) -> Tensor:
         """(…,C) → (…,K): scores of one depth's codes."""
-        return F.linear(feature, *(rows or self.output_rows())[1 + depth])
+        return self.finish(F.linear(feature, *(rows or self.output_rows())[1 + depth]))
 
     def is_image(self, ids: Tensor) -> Tensor:
         return ids >= self.form.vocabulary.image_offset
@@ -100,7 +104,7 @@ class MultimodalLM(nn.Module):
         def run() -> Tensor:
             return trunk(
                 inputs_embeds=embedded_BTC,
-                attention_mask=mask,
+                attention_mask=attention_mask(self.lm.config, mask, embedded_BTC.dtype),
                 position_ids=positions_BT,
                 past_key_values=cache,
                 use_cache=cache is not None,
@@ -109,19 +113,15 @@ class MultimodalLM(nn.Module):
         return TrunkInputs(run, decoder_layers(trunk), self.embed)
 
 
+def followers(ids_BTW: Tensor) -> Tensor:
+    """What stands after each position; NONE after the last. After a document's last one stands the next one's <bos>."""
+    return torch.cat([ids_BTW[:, 1:], torch.full_like(ids_BTW[:, :1], NONE)], 1)
+
+
 def embedding(lm: PreTrainedModel) -> Tensor:
     """The input rows (V,C)."""
     module: Any = lm.get_input_embeddings()
     return module.weight
-
-
-def decoder_layers(trunk: nn.Module) -> nn.ModuleList:
-    """The list of decoder layers of a transformers trunk (`layers` in Llama-like ones, `h` in GPT-2-like ones)."""
-    for name in ("layers", "h"):
-        layers = getattr(trunk, name, None)
-        if isinstance(layers, nn.ModuleList):
-            return layers
-    raise ValueError(f"{type(trunk).__name__} has no list of layers named 'layers' or 'h'")
 
 
 def from_scratch(config: dict[str, Any], vocabulary_size: int, seed: int) -> PreTrainedModel:
@@ -132,22 +132,4 @@ def from_scratch(config: dict[str, Any], vocabulary_size: int, seed: int) -> Pre
     built = AutoConfig.for_model(config.pop("model_type"), **config, vocab_size=vocabulary_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(built, dtype=torch.float32, attn_implementation="sdpa")
-
-
-@torch.no_grad()
-def add_rows(lm: PreTrainedModel, first: int, size: int, seed: int) -> None:
-    """Extend a pretrained model to `size` rows, in place; ids below `first` keep their rows exactly.
-
-    New rows are drawn around the mean of the old ones with their standard deviation: transformers' default gives
-    rows that are nearly all equal, which cannot be told apart.
-    """
-    if embedding(lm).shape[0] < size:
-        lm.resize_token_embeddings(size, mean_resizing=False)
-    random = torch.Generator().manual_seed(seed)
-    output: Any = lm.get_output_embeddings()
-    weights = {id(w): w for w in (embedding(lm), output.weight)}.values()  # one entry if tied
-    for weight in weights:
-        old = weight[:first].float()
-        noise = torch.randn(size - first, weight.shape[1], generator=random).to(weight.device)
-        weight[first:size] = (old.mean(0) + noise * old.std(0)).to(weight.dtype)
+        return AutoModelForCausalLM.from_config(built, dtype=torch.float32)

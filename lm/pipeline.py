@@ -1,43 +1,44 @@
 """Pipeline: prompts in, pictures and text out; the bundle, one folder that anyone can load.
 
 The folder is a plain Hugging Face model (AutoModelForCausalLM and AutoTokenizer load it without this package), with
-`vq/` (the image tokenizer), `multimodal.json` (ranges, layout, grid, head, fingerprint, version) and, for heads that
+`vq/` (the image tokenizer), `multimodal.json` (ranges, layout, grids, head, fingerprint, version) and, for heads that
 have weights, `head.safetensors`.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from PIL import Image as PILImage
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-import lm.heads.depth_transformer
-import lm.heads.layered
-import lm.heads.linear  # noqa: F401  the three declare the heads that a bundle may name
-from lm.decoding import Sampling, draw_images, draw_text
+from lm.bundle import about, check_names, read_about, read_parts
+from lm.decoding import Drawing, Sampling, Watch, draw_all, draw_images, draw_text, likelihoods, unwatched
 from lm.heads import Head
 from lm.model import MultimodalLM
-from lm.sequence import LAYOUTS, Image, Layout, Segment, SequenceFormat, Text
-from lm.source import Extended
-from lm.vocab import Vocabulary, ids_to_text, text_to_ids
-from vq.images import contact_sheet, to_image, to_pixels, to_rgb
+from lm.rows import code_vectors
+from lm.sequence import NONE, Grid, Image, Layout, PictureAttention, Segment, SequenceFormat, Text
+from lm.source import Extended, Pictures
+from lm.vocab import ids_to_text, text_to_ids
+from vq.images import contact_sheet, nearest_shape, to_image, to_pixels, to_rgb
 from vq.store import CodeStore
 from vq.tokenizer import ImageTokenizer
-from vqlm import __version__
-from vqlm.checkpoint import describe, load_tensors, rebuild
-from vqlm.errors import ConfigError, nearest
+from vqlm.checkpoint import load_tensors
+from vqlm.errors import ConfigError
 from vqlm.files import new_folder, write_json
 from vqlm.hardware import Device, detect
 
-FORMAT = 1
-ROWS = 64  # pictures drawn together; twice as many rows with guidance
+
+class Rater(Protocol):
+    """Who says how well pictures fit captions: `vq.scorer.Scorer` is one."""
+
+    def score(self, pictures: Tensor, captions: list[str]) -> Tensor: ...
 
 
 @dataclass
@@ -51,34 +52,38 @@ class Pipeline:
 
     @classmethod
     def assemble(
-        cls, extended: Extended, head: Head, layout: Layout, store: CodeStore, sampling: Sampling
+        cls,
+        extended: Extended,
+        head: Head,
+        layout: Layout,
+        images: ImageTokenizer,
+        grids: tuple[Grid, ...],
+        sampling: Sampling,
+        picture_attention: PictureAttention = "causal",
     ) -> Pipeline:
         """A pipeline to train: a language model, a head, and the image tokenizer that a store was made with."""
-        images = ImageTokenizer.from_pretrained(store.tokenizer_folder)
-        store.check(images)
-        assert store.grid is not None
-        form = SequenceFormat(extended.vocabulary, layout, store.grid)
+        form = SequenceFormat(extended.vocabulary, layout, grids, picture_attention)
         return cls(MultimodalLM(extended.lm, head, form), extended.tokenizer, images, sampling)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: Device = "auto") -> Pipeline:
         """Load a bundle. ConfigError says which part is missing, damaged or of another model."""
         folder = Path(folder)
-        about = read_about(folder)
+        description = read_about(folder)
         images = ImageTokenizer.from_pretrained(folder / "vq")
-        if images.fingerprint != about["fingerprint"]:
+        if images.fingerprint != description["fingerprint"]:
             raise ConfigError(
-                f"{folder} was trained on codes of tokenizer {about['fingerprint']}, "
+                f"{folder} was trained on codes of tokenizer {description['fingerprint']}, "
                 f"its vq/ holds tokenizer {images.fingerprint}; codes of one mean nothing to the other"
             )
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             language_model = AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True, dtype=torch.float32, attn_implementation="sdpa"
+                folder, local_files_only=True, dtype=torch.float32
             )
         except Exception as error:  # transformers, tokenizers and safetensors each raise their own
             raise ConfigError(f"cannot load the language model in {folder}: {error}") from error
-        form, head, sampling = read_parts(about, folder)
+        form, head, sampling = read_parts(description, folder)
         if head.state_dict():
             load_tensors(head, folder / "head.safetensors")
         check_names(tokenizer, form.vocabulary)
@@ -104,21 +109,12 @@ class Pipeline:
             head = {k: v.detach().cpu().contiguous().clone() for k, v in self.model.head.state_dict().items()}
             if head:
                 save_file(head, str(part / "head.safetensors"))
-            write_json(part / "multimodal.json", self.about())
+            write_json(
+                part / "multimodal.json",
+                about(self.model.form, self.model.head, self.sampling, self.images.fingerprint),
+            )
 
-    def about(self) -> dict[str, Any]:
-        """What multimodal.json says."""
-        form = self.model.form
-        return {
-            "format": FORMAT,
-            "vqlm": __version__,
-            "fingerprint": self.images.fingerprint,
-            "vocabulary": form.vocabulary.to_json(),
-            "layout": form.layout.name,
-            "grid": list(form.grid),
-            "head": describe(self.model.head),
-            "sampling": asdict(self.sampling),
-        }
+    # --- drawing -----------------------------------------------------------------------------------------------------
 
     def generate(
         self,
@@ -129,47 +125,191 @@ class Pipeline:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 0,
+        size: tuple[int, int] | None = None,
+        best_of: int = 1,
+        scorer: Rater | None = None,
+        watch: Watch = unwatched,
+        **more: Any,
     ) -> list[PILImage.Image]:
         """Draw n pictures of a prompt (of each prompt: n·len(prompt), the first prompt's first).
 
         guidance: u + s·(c - u) on the logits, 1 = none. temperature: 0 = greedy. top_k: 0 = all. top_p: 1 = all.
-        What is None is as in `self.sampling`, the values that the model was measured with: what suits one model
-        ruins another. The same seed gives the same pictures on the same machine. ValueError on values out of range.
+        more: the other values of `lm.decoding.Sampling`, such as min_p, parallel or ramp. What is not given is as in
+        `self.sampling`, the values that the model was measured with: what suits one model ruins another.
+        size: height and width in pixels, one of `sizes`; None: the first of them. best_of: draw so many for each
+        picture and keep the one that `rank` finds best. watch: called after each pass with the rows under way
+        (`lm.decoding.Row`). A prompt's n-th picture for a seed is the same whatever is drawn beside it (on the same
+        machine, up to rounding). ValueError on values out of range.
         """
-        return self.show(self.draw(prompt, n, self.sampling_with(guidance, temperature, top_k, top_p), seed))
+        sampling = self.sampling_with(guidance, temperature, top_k, top_p, **more)
+        pictures = self.draw_codes(
+            prompt, _whole(n, "n") * _whole(best_of, "best_of"), sampling, seed, size, watch
+        )
+        if best_of > 1:
+            prompts = [prompt] if isinstance(prompt, str) else prompt
+            told = [each for each in prompts for _ in range(n)]
+            tries = [pictures[first : first + best_of] for first in range(0, len(pictures), best_of)]
+            pictures = [self._best(each, some, scorer) for each, some in zip(told, tries, strict=True)]
+        return self.show(self.decode(pictures))
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Heights and widths in pixels of the pictures that the model knows; the first is what it draws unasked."""
+        f = self.images.downsample
+        return [(height * f, width * f) for height, width in self.model.form.grids]
+
+    def grid_of(self, size: tuple[int, int] | None) -> Grid:
+        """The grid of a size in pixels. ValueError on a size that the model does not know."""
+        sizes = self.sizes
+        if size is None:
+            return self.model.form.grids[0]
+        if tuple(size) not in sizes:
+            raise ValueError(f"size={tuple(size)}: this model draws pictures of {sizes} (height, width)")
+        return self.model.form.grids[sizes.index((size[0], size[1]))]
 
     def sampling_with(
-        self, guidance: float | None, temperature: float | None, top_k: int | None, top_p: float | None
+        self,
+        guidance: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        **more: Any,
     ) -> Sampling:
-        """These values, and for those that are None our own."""
-        given = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        """These values, and for those that are not given our own. ValueError on names that `Sampling` does not have."""
+        given = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p, **more}
+        known = {each.name for each in fields(Sampling)}
+        if unknown := sorted(given.keys() - known):
+            raise ValueError(f"unknown {', '.join(unknown)}; sampling has {', '.join(sorted(known))}")
         return replace(self.sampling, **{name: value for name, value in given.items() if value is not None})
+
+    def draw(
+        self,
+        prompt: str | list[str],
+        n: int,
+        sampling: Sampling,
+        seed: int,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """As `generate`, as pixels (N,3,H,W) in [-1,1]."""
+        return self.decode(self.draw_codes(prompt, n, sampling, seed, size))
+
+    def draw_codes(
+        self,
+        prompt: str | list[str],
+        n: int,
+        sampling: Sampling,
+        seed: int,
+        size: tuple[int, int] | None = None,
+        watch: Watch = unwatched,
+    ) -> list[Image]:
+        """As `generate`, as codes."""
+        prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+        if not prompts or not all(isinstance(p, str) for p in prompts):
+            raise ValueError("prompt must be a string or a list of strings")
+        grid = self.grid_of(size)
+        n = _whole(n, "n")
+        starts = [self.model.form.image_prompt(self._segments([p]), grid) for p in prompts for _ in range(n)]
+        return draw_images(self.model, starts, sampling, seeds(seed, n) * len(prompts), watch=watch)
+
+    def edit(
+        self,
+        image: PILImage.Image,
+        instruction: str,
+        n: int = 1,
+        guidance: float | None = None,
+        image_guidance: float = 1.0,
+        seed: int = 0,
+        **more: Any,
+    ) -> list[PILImage.Image]:
+        """n pictures that follow a picture and an instruction, for models trained on such documents.
+
+        guidance: how much the instruction counts; image_guidance: how much the picture does (`lm.logits.guide_edit`).
+        """
+        sampling = self.sampling_with(guidance, image_guidance=image_guidance, **more)
+        given = self._segments([image, instruction])
+        picture = given[0]
+        assert isinstance(picture, Image)
+        start = self.model.form.image_prompt(given, picture.grid)
+        drawn = draw_images(self.model, [start] * _whole(n, "n"), sampling, seeds(seed, n), ((picture,), ()))
+        return self.show(self.decode(drawn))
+
+    def inpaint(
+        self,
+        image: PILImage.Image,
+        redraw: Any,
+        prompt: str = "",
+        n: int = 1,
+        guidance: float | None = None,
+        seed: int = 0,
+        **more: Any,
+    ) -> list[PILImage.Image]:
+        """Draw some cells of a picture anew; the others keep their codes.
+
+        redraw: (h,w) of the picture's grid, True where a cell is to be drawn; or a picture of any size, white there.
+        Cells are drawn in their order: a new one sees the kept ones before it, not those behind it.
+        """
+        sampling = self.sampling_with(guidance, **more)
+        old = self._encode(image)
+        redraw_hw = cells_to_redraw(redraw, old.grid)
+        kept_hwQ = torch.where(redraw_hw[..., None], NONE, old.codes_hwQ)
+        start = self.model.form.image_prompt(self._segments([prompt]), old.grid)
+        drawings = [
+            Drawing(start, sampling, each, images=1, contexts=((),), kept=kept_hwQ)
+            for each in seeds(seed, _whole(n, "n"))
+        ]
+        drawn = [segment for segments in draw_all(self.model, drawings) for segment in segments]
+        return self.show(self.decode([segment for segment in drawn if isinstance(segment, Image)]))
+
+    def vary(
+        self,
+        image: PILImage.Image,
+        share: float = 0.5,
+        prompt: str = "",
+        n: int = 1,
+        seed: int = 0,
+        **more: Any,
+    ) -> list[PILImage.Image]:
+        """n variations of a picture: a share of its cells, other ones for each, drawn anew."""
+        if not 0 <= share <= 1:
+            raise ValueError(f"share={share}: of the cells, from 0 to 1")
+        grid, made = nearest_shape(self.sizes, *image.size), []
+        h, w = (side // self.images.downsample for side in grid)
+        for number, each in enumerate(seeds(seed, _whole(n, "n"))):
+            random = np.random.default_rng([each, number])
+            made += self.inpaint(
+                image, torch.from_numpy(random.random((h, w)) < share), prompt, 1, None, each, **more
+            )
+        return made
+
+    def rank(self, prompt: str, images: list[PILImage.Image], scorer: Rater | None = None) -> list[float]:
+        """How well each picture fits a prompt, larger is better: log p(prompt | picture) of this model (nats), or what
+        a scorer of the same image tokenizer says (`vq.scorer.Scorer`; DALL·E and Parti re-rank with such a model).
+        """
+        return self._fit(prompt, [self._encode(image) for image in images], scorer)
+
+    def _fit(self, prompt: str, pictures: list[Image], scorer: Rater | None) -> list[float]:
+        if scorer is None:
+            return likelihoods(self.model, pictures, Text(tuple(self.encode_text(prompt))))
+        codes = [picture.codes_hwQ[None].to(self.device) for picture in pictures]
+        return [float(scorer.score(codes_1hwQ, [prompt])) for codes_1hwQ in codes]
+
+    def _best(self, prompt: str, pictures: list[Image], scorer: Rater | None) -> Image:
+        fit = self._fit(prompt, pictures, scorer)
+        return pictures[fit.index(max(fit))]
 
     @staticmethod
     def show(x_NCHW: Tensor) -> list[PILImage.Image]:
         """Pixels in [-1,1] → pictures."""
         return [to_image(x_CHW) for x_CHW in x_NCHW]
 
-    def draw(self, prompt: str | list[str], n: int, sampling: Sampling, seed: int) -> Tensor:
-        """As `generate`, as pixels (N,3,H,W) in [-1,1]."""
-        prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
-        if not isinstance(n, int) or n < 1 or not prompts or not all(isinstance(p, str) for p in prompts):
-            raise ValueError(f"n={n} must be a whole number from 1, and prompt a string or a list of strings")
-        form, random = self.model.form, torch.Generator().manual_seed(seed)
-        starts = [form.image_prompt(self._segments([p])) for p in prompts for _ in range(n)]
-        drawn: list[Image] = []
-        for first in range(0, len(starts), ROWS):
-            drawn += draw_images(
-                self.model, starts[first : first + ROWS], form.image_prompt([]), sampling, random
-            )
-        return self.decode(drawn)
+    # --- reading and writing -----------------------------------------------------------------------------------------
 
     def encode_text(self, text: str) -> list[int]:
         """A user's text → ids; names of special tokens in it stay ordinary text."""
         return text_to_ids(self.tokenizer, text)
 
     def decode(self, pictures: list[Image]) -> Tensor:
-        """Codes → pixels (N,3,H,W) in [-1,1], on the CPU."""
+        """Codes of pictures of one grid → pixels (N,3,H,W) in [-1,1], on the CPU."""
         codes_BhwQ = torch.stack([p.codes_hwQ for p in pictures]).to(self.device)
         return self.images.decode(codes_BhwQ).cpu()
 
@@ -189,16 +329,16 @@ class Pipeline:
         """Words for each picture given as codes."""
         if not pictures:
             return []
-        prompts = [self.model.form.build([picture], end=False) for picture in pictures]
-        random = torch.Generator().manual_seed(seed)
-        drawn = draw_text(self.model, prompts, Sampling(1.0, temperature), random, limit, images=False)
-        return [ids_to_text(self.tokenizer, ids) for ids, _ in drawn]
+        prompts = [self.model.form.lay([replace(picture, given=True)], end=False) for picture in pictures]
+        told = draw_text(self.model, prompts, Sampling(1.0, temperature), seeds(seed, len(prompts)), limit)
+        return [ids_to_text(self.tokenizer, ids) for ids in told]
 
     def complete(
         self,
         prompt: list[str | PILImage.Image],
         limit: int = 64,
         max_images: int = 1,
+        min_images: int = 0,
         guidance: float | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
@@ -207,34 +347,25 @@ class Pipeline:
     ) -> list[str | PILImage.Image]:
         """Go on from text and pictures in any order; text and pictures come back in the order they were drawn.
 
-        limit: most text ids; max_images: most pictures, after which <image_start> cannot be drawn.
+        limit: the most text ids; max_images: the most pictures; min_images: so many are drawn in any case, after the
+        text if the model does not begin them before. limit=0 with both equal: pictures alone.
         """
         sampling = self.sampling_with(guidance, temperature, top_k, top_p)
-        random = torch.Generator().manual_seed(seed)
-        form, segments = self.model.form, self._segments(prompt)
-        made: list[Segment] = []
-        remaining, pictures = limit, 0
-        while remaining > 0:
-            start = form.build([*segments, *made], end=False)
-            may_draw = pictures < max_images
-            (ids, wants_image), *_ = draw_text(self.model, [start], sampling, random, remaining, may_draw)
-            remaining -= max(1, len(ids))
-            if ids:
-                made.append(Text(tuple(ids)))
-            if not wants_image:
-                break
-            start = form.image_prompt([*segments, *made])
-            made += draw_images(self.model, [start], form.image_prompt([]), sampling, random)
-            pictures += 1
+        if min(limit, max_images, min_images) < 0:
+            raise ValueError(f"limit={limit}, max_images={max_images}, min_images={min_images}: not negative")
+        max_images = max(max_images, min_images)
+        start = self.model.form.lay(self._segments(prompt), end=False)
+        drawing = Drawing(start, sampling, seeds(seed, 1)[0], limit, max_images, min_images, contexts=((),))
+        (made,) = draw_all(self.model, [drawing])
         return [self._show(segment) for segment in made]
 
     def _segments(self, prompt: list[str | PILImage.Image]) -> list[Segment]:
         segments: list[Segment] = []
         for part in prompt:
             if isinstance(part, str):
-                segments += [Text(tuple(self.encode_text(part)))] if part.strip() else []
+                segments += [Text(tuple(self.encode_text(part)), given=True)] if part.strip() else []
             elif isinstance(part, PILImage.Image):
-                segments.append(self._encode(part))
+                segments.append(replace(self._encode(part), given=True))
             else:
                 raise ValueError(f"a prompt holds {type(part).__name__}; allowed: str and PIL images")
         return segments
@@ -244,16 +375,51 @@ class Pipeline:
             raise ValueError(
                 f"a picture is expected, found {type(picture).__name__}; vq.images.open_image reads files"
             )
-        height, width = self.model.form.grid
-        if height != width:
-            raise ValueError(f"pictures are read as squares, this model draws {height}x{width} cells")
-        x_CHW = to_pixels(to_rgb(picture), height * self.images.downsample)
+        x_CHW = to_pixels(to_rgb(picture), nearest_shape(self.sizes, *picture.size))
         return Image(self.images.encode(x_CHW[None].to(self.device))[0].cpu())
 
     def _show(self, segment: Segment) -> str | PILImage.Image:
         if isinstance(segment, Text):
             return ids_to_text(self.tokenizer, list(segment.ids))
         return to_image(self.decode([segment])[0])
+
+
+def _whole(value: int, name: str) -> int:
+    """The value; ValueError unless it is a whole number from 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value} must be a whole number from 1")
+    return value
+
+
+def cells_to_redraw(redraw: Any, grid: Grid) -> Tensor:
+    """(h,w) bool. redraw: numbers of that shape, or a picture whose white is to be drawn. ValueError on others."""
+    if isinstance(redraw, PILImage.Image):
+        height, width = grid
+        scaled = redraw.convert("L").resize((width, height), PILImage.Resampling.BOX)
+        return torch.from_numpy(np.array(scaled) > 127)
+    redraw_hw = torch.as_tensor(redraw).bool()
+    if tuple(redraw_hw.shape) != grid:
+        raise ValueError(f"redraw has the shape {tuple(redraw_hw.shape)}, the picture has {grid} cells")
+    return redraw_hw
+
+
+def images_of(store: CodeStore) -> ImageTokenizer:
+    """The image tokenizer that a store was made with. ConfigError if another one lies in its place."""
+    images = ImageTokenizer.from_pretrained(store.tokenizer_folder)
+    store.check(images)
+    return images
+
+
+def pictures_of(store: CodeStore, images: ImageTokenizer, row_ends: bool) -> Pictures:
+    """What a vocabulary must name of a store's pictures, and what its codes stand for."""
+    vectors_QKD = code_vectors(images.quantizer.lookup, store.codebook_size, store.depth)
+    return Pictures(store.codebook_size, store.depth, store.grids, row_ends, vectors_QKD)
+
+
+def seeds(seed: int, count: int) -> list[int]:
+    """The seeds of so many pictures of one call; the n-th does not depend on how many there are."""
+    sequences = [np.random.SeedSequence([abs(seed), n, int(seed < 0)]) for n in range(count)]
+    return [int(each.generate_state(1, np.uint64)[0]) >> 1 for each in sequences]
 
 
 def sheet(pictures: list[PILImage.Image], labels: list[str], columns: int = 8) -> PILImage.Image:
@@ -263,50 +429,3 @@ def sheet(pictures: list[PILImage.Image], labels: list[str], columns: int = 8) -
         return [items[i : i + columns] for i in range(0, len(items), columns)]
 
     return contact_sheet(rows(pictures), rows(labels))
-
-
-def read_about(folder: Path) -> dict[str, Any]:
-    """multimodal.json of a bundle; ConfigError if there is none, or of another format."""
-    path = folder / "multimodal.json"
-    if not path.is_file():
-        siblings = [p.parent.name for p in folder.parent.glob("*/multimodal.json")]
-        raise ConfigError(f"no model at {folder}: multimodal.json is missing{nearest(folder.name, siblings)}")
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        if about["format"] != FORMAT:
-            raise ConfigError(f"{path} has format {about['format']!r}; this version of vqlm reads {FORMAT}")
-        missing = {"fingerprint", "vocabulary", "layout", "grid", "head"} - about.keys()
-        if missing:
-            raise ConfigError(f"{path} lacks {sorted(missing)}")
-    except (TypeError, KeyError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} is damaged: {error!r}") from error
-    return about
-
-
-def read_parts(about: dict[str, Any], folder: Path) -> tuple[SequenceFormat, Head, Sampling]:
-    """The parts that multimodal.json describes; ConfigError if it does not describe them rightly."""
-    try:
-        head = rebuild(about["head"])
-        if not isinstance(head, Head):
-            raise ConfigError(f"head is a {type(head).__name__}")
-        return read_format(about), head, Sampling(**about.get("sampling", {}))
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise ConfigError(f"{folder / 'multimodal.json'} is damaged: {error}") from error
-
-
-def read_format(about: dict[str, Any]) -> SequenceFormat:
-    if about["layout"] not in LAYOUTS:
-        raise ConfigError(f"unknown layout {about['layout']!r}; known: {sorted(LAYOUTS)}")
-    height, width = about["grid"]
-    return SequenceFormat(
-        Vocabulary.from_json(about["vocabulary"]), LAYOUTS[about["layout"]](), (int(height), int(width))
-    )
-
-
-def check_names(tokenizer: PreTrainedTokenizerFast, vocabulary: Vocabulary) -> None:
-    """The names of the first and last image token stand at the ends of the image range."""
-    last = vocabulary.depth * vocabulary.codebook_size - 1
-    found = [tokenizer.convert_tokens_to_ids(f"<|image_{i}|>") for i in (0, last)]
-    expected = [vocabulary.image_offset, vocabulary.size - 1]
-    if found != expected:
-        raise ConfigError(f"the text tokenizer puts image tokens at {found}, multimodal.json at {expected}")

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from lm.heads import Choose, Head, Predicted, TrunkInputs
-from lm.sequence import NONE
 from vqlm.checkpoint import declared
 
 
@@ -61,7 +60,6 @@ class DepthTransformerHead(Head):
         """All columns in one causal pass, and only at positions followed by picture ids."""
         hidden_BTC = inputs.run()
         hidden_NC, next_NW = hidden_BTC[where_BT], next_BTW[where_BT]
-        assert not bool((next_NW == NONE).any())
         rows_NWC = inputs.embed(next_NW)
         before_NWC = rows_NWC.cumsum(1) - rows_NWC
         steps = [self._step(column, hidden_NC, before_NWC[:, column]) for column in range(self.width)]

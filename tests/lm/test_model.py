@@ -1,5 +1,7 @@
 """Embeddings, heads, losses and decoding of the language model, each against an independent computation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import HEADS, QWEN, make_model
@@ -7,21 +9,27 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from lm.data import pack
-from lm.decoding import Sampling, draw_images, draw_text
-from lm.model import MultimodalLM, add_rows, from_scratch
+from lm.decoding import Decoder, Drawing, Sampling, draw_all, draw_images, draw_text
+from lm.grammar import Grammar
+from lm.model import MultimodalLM, from_scratch
 from lm.objectives.next_token import NextToken, measure
-from lm.sequence import Image, Text
+from lm.rows import add_rows
+from lm.sequence import NONE, Image, Text
 
 LAYOUTS = ("stacked", "flat")
+FORMS = {name: {"layout": name} for name in ("stacked", "flat", "delayed")}
+FORMS["row ends"] = {"layout": "stacked", "row_ends": True}
+FORMS["sizes"] = {"layout": "stacked", "row_ends": True, "more_grids": ((1, 3),)}
+FORMS["delayed, sizes"] = {"layout": "delayed", "more_grids": ((1, 3),)}
 
 
-def image(form, seed=0):
+def image(form, seed=0, grid=None):
     generator = torch.Generator().manual_seed(seed)
-    return Image(torch.randint(0, 16, (*form.grid, form.vocabulary.depth), generator=generator))
+    return Image(torch.randint(0, 16, (*(grid or form.grids[0]), form.vocabulary.depth), generator=generator))
 
 
-def teach(model, document):
-    batch = pack([document], model.form, 64)
+def teach(model, segments):
+    batch = pack([model.form.lay(segments)], model.form, 64)
     return batch, model.teach(batch.ids_BTW, batch.next_BTW, batch.mask, batch.positions_BT)
 
 
@@ -36,74 +44,205 @@ def test_a_feature_sees_only_what_comes_before_it(head, layout):
     changed.codes_hwQ[1, 0, 0] = (changed.codes_hwQ[1, 0, 0] + 1) % 16  # cell 2 of 4, depth 0
     features = []
     for picture in (before, changed):
-        _, made = teach(model, form.build([Text((5, 6)), picture]))
+        _, made = teach(model, [Text((5, 6)), picture])
         stacked = torch.stack(made.features, 1).flatten(0, 1)  # in the order in which codes are predicted
         features.append(stacked)
     difference = (features[0] - features[1]).abs().amax(1)
     at = 2 * form.vocabulary.depth
     assert bool((difference[: at + 1] < 1e-6).all())
     assert difference[at + 2] > 1e-4  # the next cell, depth 0, whatever the head
-    if head != "linear":
+    if head not in ("linear", "parallel") or layout == "flat":
         assert difference[at + 1] > 1e-4  # the same cell, next depth
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("head", HEADS)
-def test_greedy_drawing_with_cache_is_the_largest_logit_without(head, layout):
+def test_greedy_drawing_with_cache_is_the_largest_logit_without(head, form):
     """Drawn ids, fed back in one uncached pass, are the argmax everywhere; prompts of unequal length share a batch."""
-    model, _ = make_model(head, layout)
-    form = model.form
+    model, _ = make_model(head, **form)
+    form, v = model.form, model.form.vocabulary
     texts = [Text((5, 6, 7)), Text((9,)), Text(tuple(range(40, 52)))]
-    prompts = [form.image_prompt([text]) for text in texts]
-    random = torch.Generator().manual_seed(0)
-    drawn = draw_images(model, prompts, form.image_prompt([]), Sampling(temperature=0.0), random)
-    assert not torch.equal(drawn[0].codes_hwQ, drawn[1].codes_hwQ)
-    for text, picture in zip(texts, drawn, strict=True):
-        _, made = teach(model, form.build([text, picture]))
-        expected = picture.codes_hwQ.reshape(-1)
-        flat = torch.stack(made.features, 1).flatten(0, 1)
-        best = [int(model.image_logits(f, i % form.vocabulary.depth).argmax()) for i, f in enumerate(flat)]
-        assert best == expected.tolist()
+    for grid in form.grids:
+        prompts = [form.image_prompt([text], grid) for text in texts]
+        drawn = draw_images(model, prompts, Sampling(temperature=0.0), [0, 1, 2])
+        assert not torch.equal(drawn[0].codes_hwQ, drawn[1].codes_hwQ)
+        for text, picture in zip(texts, drawn, strict=True):
+            batch, made = teach(model, [text, picture])
+            next_NW = batch.next_BTW[model.is_image(batch.next_BTW).any(-1)]
+            for column, feature_NC in enumerate(made.features):
+                for id_, feature_C in zip(next_NW[:, column].tolist(), feature_NC, strict=True):
+                    if id_ != NONE:
+                        depth, code = divmod(id_ - v.image_offset, v.codebook_size)
+                        assert int(model.image_logits(feature_C, depth).argmax()) == code
+            assert int((next_NW != NONE).sum()) == grid[0] * grid[1] * v.depth
+
+
+def test_the_next_code_of_a_delayed_cell_sees_its_earlier_depth():
+    """With the delayed layout even independent heads give depth 1 of a cell after depth 0 of the same cell."""
+    model, _ = make_model("parallel", "delayed")
+    before = image(model.form)
+    changed = Image(before.codes_hwQ.clone())
+    changed.codes_hwQ[0, 0, 0] = (changed.codes_hwQ[0, 0, 0] + 1) % 16
+    depth_0, depth_1 = (
+        [teach(model, [Text((5,)), picture])[1].features[column] for picture in (before, changed)]
+        for column in (0, 1)
+    )
+    torch.testing.assert_close(depth_0[0][0], depth_0[1][0])
+    assert float((depth_1[0][1] - depth_1[1][1]).abs().max().detach()) > 1e-4  # row 1 holds depth 1 of cell 0
+
+
+def test_the_model_chooses_among_the_sizes_that_it_knows():
+    model, _ = make_model(**FORMS["sizes"])
+    prompt = model.form.image_prompt([Text((5,))])
+    drawn = draw_images(model, [prompt] * 30, Sampling(temperature=9.0), list(range(30)))
+    assert {picture.grid for picture in drawn} == set(model.form.grids)
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_guided_drawing_is_the_formula_on_two_separate_passes(head):
+def test_given_pictures_are_seen_whole_where_the_format_says_so(head):
+    """The first code reaches what is read of no earlier position, and the last code reaches the first position."""
     model, _ = make_model(head)
+    form = replace(model.form, picture_attention="bidirectional")
+    both = MultimodalLM(model.lm, model.head, form).eval()
+    first, last = Image(image(form).codes_hwQ, given=True), Image(image(form).codes_hwQ.clone(), given=True)
+    last.codes_hwQ[1, 1] = (last.codes_hwQ[1, 1] + 1) % 16
+
+    def hidden(model, picture, given=True):
+        segments = [Image(picture.codes_hwQ, given=given), Text((5, 6))]
+        return teach(model, segments)[1].hidden_BTC[0]
+
+    difference = (hidden(both, first) - hidden(both, last)).abs().amax(1)
+    assert difference[2] > 1e-4  # the picture's first cell sees its last
+    assert difference[1] < 1e-6 and difference[0] < 1e-6  # what stands before the picture does not
+    causal = (hidden(model, first) - hidden(model, last)).abs().amax(1)
+    seen = 4 if head == "layered" else 5  # this head feeds the code that follows back into the trunk
+    assert bool((causal[:seen] < 1e-6).all()) and causal[5] > 1e-4
+    torch.testing.assert_close(hidden(both, first, given=False), hidden(model, first, given=False))
+    batch, _ = teach(both, [first, Text((5, 6))])
+    assert not bool(model.is_image(batch.next_BTW).any())  # a picture seen whole has nothing to learn
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+@pytest.mark.parametrize("head", HEADS)
+def test_decoding_after_a_given_picture_sees_what_training_does(head, attention):
+    model, _ = make_model(head)
+    model = MultimodalLM(model.lm, model.head, replace(model.form, picture_attention=attention)).eval()
+    form = model.form
+    prompts = [
+        form.lay([Image(image(form, n).codes_hwQ, given=True), *text], end=False)
+        for n, text in enumerate([[Text((9, 10, 11))], []])
+    ]
+    greedy = Sampling(temperature=0.0)
+    for n, ids in enumerate(draw_text(model, prompts, greedy, [0, 1], 4)):
+        start = (9, 10, 11) if n == 0 else ()
+        _, made = teach(model, [Image(image(form, n).codes_hwQ, given=True), Text((*start, *ids))])
+        logits = model.text_logits(made.hidden_BTC[0])
+        logits = logits.masked_fill(~Grammar(form, images=False).text_mask(), -torch.inf)
+        at = 6 + len(start)  # <bos>, two marks, four cells: what follows the last of them
+        assert logits[at : at + len(ids)].argmax(1).tolist() == ids
+
+
+@pytest.mark.parametrize("layout", ["stacked", "flat", "delayed"])
+@pytest.mark.parametrize("head", HEADS)
+def test_guided_drawing_is_the_formula_on_two_separate_passes(head, layout):
+    model, _ = make_model(head, layout)
     form, scale = model.form, 3.0
-    prompt, empty = [Text((5, 6, 7))], []
-    random = torch.Generator().manual_seed(0)
-    (drawn,) = draw_images(
-        model, [form.image_prompt(prompt)], form.image_prompt(empty), Sampling(scale, 0.0), random
-    )
-    with_text = teach(model, form.build([*prompt, drawn]))[1].features
-    without = teach(model, form.build([drawn]))[1].features
-    for depth in range(2):
-        c, u = (model.image_logits(f[depth], depth) for f in (with_text, without))
-        assert (u + scale * (c - u)).argmax(1).tolist() == drawn.codes_hwQ[..., depth].reshape(-1).tolist()
-    (plain,) = draw_images(
-        model, [form.image_prompt(prompt)], form.image_prompt(empty), Sampling(1.0, 0.0), random
-    )
+    prompt = form.image_prompt([Text((5, 6, 7))])
+    (drawn,) = draw_images(model, [prompt], Sampling(scale, 0.0), [0])
+    batch, made = teach(model, [Text((5, 6, 7)), drawn])
+    with_text, without = made.features, teach(model, [drawn])[1].features
+    next_NW = batch.next_BTW[model.is_image(batch.next_BTW).any(-1)]
+    for n, row in enumerate(next_NW.tolist()):
+        for column, id_ in enumerate(row):
+            if id_ != NONE:
+                depth, code = divmod(id_ - form.vocabulary.image_offset, form.vocabulary.codebook_size)
+                c, u = (model.image_logits(f[column][n], depth) for f in (with_text, without))
+                assert int((u + scale * (c - u)).argmax()) == code
+    (plain,) = draw_images(model, [prompt], Sampling(1.0, 0.0), [0])
     assert not torch.equal(plain.codes_hwQ, drawn.codes_hwQ)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0, 50.0])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("head", HEADS)
-def test_every_draw_parses(head, temperature):
-    model, _ = make_model(head)
+def test_every_draw_parses(head, form):
+    """Rows of unequal prompts, wants and settings, decoded together: each is what the grammar and its wants allow."""
+    model, _ = make_model(head, **form)
     form = model.form
-    sampling = Sampling(guidance=5.0, temperature=temperature, top_k=9, top_p=0.9)
-    prompts = [form.image_prompt([Text(tuple(range(n + 1)))]) for n in range(20)]
-    drawn = draw_images(model, prompts, form.image_prompt([]), sampling, torch.Generator().manual_seed(1))
-    for picture in drawn:
-        assert form.split(form.build([picture])) == [picture]
+    random = torch.Generator().manual_seed(7)
+
+    def pick(*choices):
+        return choices[int(torch.randint(len(choices), (), generator=random))]
+
+    drawings = []
+    for n in range(24):
+        sampling = Sampling(
+            pick(0.0, 1.0, 3.0, 10.0), pick(0.0, 1.0, 50.0), pick(0, 3), pick(0.1, 1.0), pick(0.0, 0.2)
+        )
+        sampling = replace(sampling, parallel=pick(0.0, 1.0), norm=pick(0.0, 0.5), ramp=pick(0.0, 0.5))
+        start = form.lay([Text(tuple(range(n % 5))), image(form)][: pick(1, 2)], end=False)
+        due = pick(0, 1, 2)
+        contexts = pick(((),), ((Text((9,)),), ()))
+        drawings.append(Drawing(start, sampling, n, pick(0, 3, 9), max(due, pick(0, 1, 2)), due, contexts))
+    for drawing, made in zip(drawings, draw_all(model, drawings), strict=True):
+        assert form.split(form.build(made)) == made
+        pictures = [segment for segment in made if isinstance(segment, Image)]
+        assert drawing.least_images <= len(pictures) <= drawing.images
+        assert sum(len(segment.ids) for segment in made if isinstance(segment, Text)) <= drawing.text
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_row_is_drawn_the_same_whatever_is_drawn_beside_it(head):
+    """Rows join and leave, prompts have other lengths, pictures begin at other times: each is what it is alone."""
+    model, _ = make_model(head, more_grids=((1, 3),), row_ends=True)
+    form = model.form
+    drawings = []
+    for n in range(7):
+        start = form.lay([Text(tuple(range(5, 6 + n))), *[image(form)] * (n % 2)], end=False)
+        sampling = Sampling(guidance=1.0 if n % 3 else 2.5, temperature=0.7)
+        contexts = ((Text((8, 9)),), ()) if n == 3 else ((),)
+        drawings.append(Drawing(start, sampling, n, 3 * (n % 3), 2, n % 3, contexts))
+    alone = [draw_all(model, [drawing])[0] for drawing in drawings]
+    assert draw_all(model, drawings) == alone
+    assert len({str(segments) for segments in alone}) > 4
+    decoder = Decoder(model)  # the same, each begun while the others are under way
+    rows = []
+    for drawing in drawings:
+        rows.append(decoder.add(drawing))
+        decoder.step()
+    gone = decoder.add(replace(drawings[2], seed=99))
+    decoder.step()
+    if gone in decoder.rows:
+        decoder.remove(gone)
+    while decoder.rows:
+        decoder.step()
+    assert [row.segments for row in rows] == alone
+
+
+@pytest.mark.parametrize("layout", ["stacked", "flat", "delayed"])
+def test_kept_cells_stay_and_the_rest_is_drawn_after_them(layout):
+    model, _ = make_model("layered", layout)
+    form = model.form
+    old = image(form)
+    kept = old.codes_hwQ.clone()
+    kept[0, 1] = kept[1, 0, 1] = NONE
+    drawing = Drawing(
+        form.image_prompt([Text((5,))]), Sampling(1.5, 0.0), images=1, contexts=((),), kept=kept
+    )
+    ((new,),) = draw_all(model, [drawing])
+    assert torch.equal(new.codes_hwQ[kept >= 0], old.codes_hwQ[kept >= 0])
+    assert not torch.equal(new.codes_hwQ, old.codes_hwQ)
+    whole = replace(drawing, kept=new.codes_hwQ)  # with every cell kept nothing is drawn
+    assert draw_all(model, [whole]) == [[new]]
+    with pytest.raises(ValueError, match="kept codes"):
+        draw_all(model, [replace(drawing, kept=torch.zeros(1, 1, 2))])
 
 
 def test_greedy_text_is_the_plain_models_own_choice_among_legal_ids():
     model, _ = make_model("linear")
     form = model.form
-    prompt = form.build([Text((5, 6, 7))], end=False)
-    ((ids, _),) = draw_text(model, [prompt], Sampling(temperature=0.0), torch.Generator(), 6, images=False)
-    written = prompt[:, 0].tolist()
+    prompt = form.lay([Text((5, 6, 7))], end=False)
+    (ids,) = draw_text(model, [prompt], Sampling(temperature=0.0), [0], 6)
+    written = prompt.ids_TW[:, 0].tolist()
     allowed = torch.ones(form.vocabulary.image_offset, dtype=torch.bool)
     v = form.vocabulary
     allowed[[v.bos, v.pad, v.image_start, v.image_end]] = False
@@ -113,30 +252,42 @@ def test_greedy_text_is_the_plain_models_own_choice_among_legal_ids():
         written.append(token)
 
 
-def test_text_of_rows_of_unequal_length_is_that_of_each_alone():
-    model, _ = make_model()
-    form = model.form
-    prompts = [form.build([image(form), Text((5, 6, 7))], end=False), form.build([Text((9,))], end=False)]
-    greedy = Sampling(temperature=0.0)
-    together = draw_text(model, prompts, greedy, torch.Generator(), 5, images=True)
-    alone = [draw_text(model, [p], greedy, torch.Generator(), 5, images=True)[0] for p in prompts]
-    assert together == alone
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"guidance": -1.0}, "guidance"),
+        ({"guidance": float("inf")}, "guidance"),
+        ({"norm": -1.0}, "norm"),
+        ({"ramp": 2.0}, "ramp"),
+        ({"deeper": 0.0}, "deeper"),
+    ],
+)
+def test_impossible_settings_are_refused(values, name):
+    with pytest.raises(ValueError, match=name):
+        Sampling(**values)
 
 
-def test_a_prompt_that_is_inside_an_image_is_refused():
+def test_impossible_prompts_are_refused():
     model, _ = make_model()
     form = model.form
-    with pytest.raises(ValueError, match="image_start"):
-        draw_images(model, [form.build([], end=False)], form.image_prompt([]), Sampling(), torch.Generator())
-    with pytest.raises(ValueError, match="inside an image"):
-        draw_text(model, [form.image_prompt([])], Sampling(), torch.Generator(), 3, images=True)
+    inside = form.image_prompt([])
+    inside = replace(inside, ids_TW=form.build([image(form)])[:4])
+    for wrong, images in ((form.lay([Text((5,))]), 1), (form.image_prompt([]), 0), (inside, 1)):
+        with pytest.raises(ValueError, match="must stop in text"):
+            draw_all(model, [Drawing(wrong, images=images)])
 
 
 def test_the_loss_is_hand_written_cross_entropy_over_legal_ids():
     model, _ = make_model("linear")
     form, v = model.form, model.form.vocabulary
     picture = image(form)
-    batch = pack([form.build([Text((5, 6)), picture])], form, 64)
+    batch = pack([form.lay([Text((5, 6)), picture])], form, 64)
     text, codes = measure(model, batch)
 
     rows = model.lm.get_input_embeddings().weight
@@ -168,9 +319,9 @@ def test_packed_documents_do_not_see_each_other():
     model, _ = make_model()
     form = model.form
     documents = [
-        form.build([Text((5, 6)), image(form)]),
-        form.build([image(form, 1), Text((7,))]),
-        form.build([Text((9,))]),
+        form.lay([Text((5, 6)), image(form)]),
+        form.lay([image(form, 1), Text((7,))]),
+        form.lay([Text((9,))]),
     ]
     whole = pack(documents, form, 64)
     assert len(whole.ids_BTW) == 1
@@ -182,7 +333,7 @@ def test_packed_documents_do_not_see_each_other():
 
 def test_weights_and_names_of_the_losses():
     model, _ = make_model()
-    batch = pack([model.form.build([Text((5,)), image(model.form)])], model.form, 64)
+    batch = pack([model.form.lay([Text((5,)), image(model.form)])], model.form, 64)
     text, codes = measure(model, batch)
     losses, bits = NextToken(text=0.5, image=2.0, z=0.1).losses(model, batch)
     torch.testing.assert_close(losses["text"], 0.5 * text.nll / text.count)
@@ -233,7 +384,7 @@ def test_heads_work_on_other_architectures(family, head):
     lm = AutoModelForCausalLM.from_config(configs[family])
     model = MultimodalLM(lm, make_head(head, form.width), form).eval()
     prompts = [form.image_prompt([Text((5, 6))]), form.image_prompt([Text((9,))])]
-    drawn = draw_images(model, prompts, form.image_prompt([]), Sampling(2.0, 0.0), torch.Generator())
+    drawn = draw_images(model, prompts, Sampling(2.0, 0.0), [0, 0])
     assert [d.codes_hwQ.shape for d in drawn] == [(2, 2, 2)] * 2
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm import Pipeline
 from lm.decoding import Sampling
+from lm.grammar import Grammar
+from lm.objectives.next_token import measure
+from lm.packing import pack
+from lm.processor import GrammarProcessor
+from lm.sequence import Text
 from vqlm.errors import ConfigError
 
 
@@ -18,7 +24,7 @@ def same(a, b):
     return [p.tobytes() for p in a] == [p.tobytes() for p in b]
 
 
-@pytest.mark.parametrize("layout", ["stacked", "flat"])
+@pytest.mark.parametrize("layout", ["stacked", "flat", "delayed"])
 @pytest.mark.parametrize("head", HEADS)
 def test_saved_and_loaded_draws_the_same(head, layout, tmp_path):
     model, tokenizer = make_model(head, layout)
@@ -44,6 +50,23 @@ def test_generate_gives_pictures_and_follows_seed_prompt_and_n(bundle):
         pipe.generate("a red circle", temperature=0.0), pipe.generate("a blue square", temperature=0.0)
     )
     assert len(pipe.generate(["a", "b"], n=3)) == 6
+
+
+def test_a_model_of_several_sizes_draws_and_reads_each(tmp_path):
+    model, tokenizer = make_model(more_grids=((1, 3), (3, 1)), row_ends=True)
+    Pipeline(model, tokenizer, make_tokenizer()).save_pretrained(tmp_path / "model")
+    pipe = Pipeline.from_pretrained(tmp_path / "model")
+    assert pipe.sizes == [(16, 16), (8, 24), (24, 8)]
+    assert pipe.generate("a")[0].size == (16, 16)
+    assert pipe.generate("a", size=(8, 24), guidance=2.0)[0].size == (24, 8)  # PIL: width first
+    with pytest.raises(ValueError, match=r"size=\(8, 8\)"):
+        pipe.generate("a", size=(8, 8))
+    wide, high = Image.new("RGB", (90, 30), "red"), Image.new("RGB", (10, 31), "red")
+    assert pipe._encode(wide).grid == (1, 3) and pipe._encode(high).grid == (3, 1)
+    assert isinstance(pipe.caption(wide, limit=3), str)
+    made = pipe.complete([wide], limit=3, max_images=4, min_images=4, temperature=9.0, seed=1)
+    assert sum(isinstance(part, Image.Image) for part in made) == 4
+    assert {part.size for part in made if isinstance(part, Image.Image)} <= {(16, 16), (24, 8), (8, 24)}
 
 
 def test_an_empty_prompt_and_any_characters_draw(bundle):
@@ -98,29 +121,58 @@ def test_the_folder_is_a_plain_hugging_face_model(bundle):
     assert torch.equal(lm(input_ids=ids).logits, pipe.model.lm(input_ids=ids).logits)
 
 
-def test_flat_linear_greedy_drawing_is_plain_generate_within_the_legal_ids(tmp_path):
-    model, tokenizer = make_model("linear", "flat")
+@pytest.mark.parametrize("form", [{}, {"row_ends": True, "more_grids": ((1, 3),)}], ids=["one size", "sizes"])
+def test_flat_linear_greedy_drawing_is_plain_generate_under_the_grammar(tmp_path, form):
+    """The plain folder in transformers' own loop, with our grammar, draws what we draw; two prompts in one batch."""
+    model, tokenizer = make_model("linear", "flat", **form)
     pipe = Pipeline(model, tokenizer, make_tokenizer())
     pipe.save_pretrained(tmp_path / "model")
-    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     form, v = model.form, model.form.vocabulary
-    prompt = form.image_prompt(pipe._segments(["a red circle"]))[:, 0][None]
-
-    def legal(_, ids):
-        allowed = v.image_range((len(ids) - prompt.shape[1]) % v.depth)
-        return list(range(allowed.start, allowed.stop))
-
-    out = lm.generate(
-        prompt,
-        max_new_tokens=form.image_length,
+    texts = ["a red circle", "a blue square, inset 1 1 1"]
+    prompts = [form.image_prompt(pipe._segments([text]), form.grids[0]).ids_TW[:, 0] for text in texts]
+    longest = max(map(len, prompts))
+    rows = torch.stack([torch.cat([torch.full((longest - len(p),), v.pad), p]) for p in prompts])
+    out = plain.generate(
+        rows,
+        attention_mask=(rows != v.pad).long(),
+        max_new_tokens=form.picture_length(form.grids[0]) - bool(v.sizes) + 1,
         do_sample=False,
-        prefix_allowed_tokens_fn=legal,
+        logits_processor=[GrammarProcessor.from_pretrained(tmp_path / "model")],
         eos_token_id=None,
         pad_token_id=v.pad,
     )
-    expected = pipe.decode([form.read_image(out[0, prompt.shape[1] :, None])])
-    drawn = pipe.generate("a red circle", guidance=1.0, temperature=0.0)
-    assert same(drawn, pipe.show(expected))
+    assert out[:, -1].tolist() == [v.image_end] * 2
+    expected = [form.read_image(row[longest:-1, None], form.grids[0]) for row in out]
+    drawn = pipe.generate(texts, guidance=1.0, temperature=0.0)
+    assert same(drawn, pipe.show(pipe.decode(expected)))
+
+
+def test_the_grammar_bounds_whatever_plain_generate_draws(tmp_path):
+    model, tokenizer = make_model("linear", "flat", more_grids=((1, 3),), row_ends=True)
+    Pipeline(model, tokenizer, make_tokenizer()).save_pretrained(tmp_path / "model")
+    plain, form = AutoModelForCausalLM.from_pretrained(tmp_path / "model"), model.form
+    processor = GrammarProcessor.from_pretrained(tmp_path / "model")
+    start = form.image_prompt([]).ids_TW[:, 0].expand(6, -1)
+    torch.manual_seed(0)
+    out = plain.generate(
+        start,
+        max_new_tokens=60,
+        do_sample=True,
+        temperature=9.0,
+        logits_processor=[processor],
+        eos_token_id=None,
+        pad_token_id=form.vocabulary.pad,
+    )
+    for row in out.tolist():
+        end = row.index(form.vocabulary.image_end)
+        (picture,) = form.split(torch.tensor(row)[: end + 1, None])
+        assert picture.grid in form.grids
+        Grammar(form).start(torch.tensor([t for t in row if t != form.vocabulary.pad])[:, None])
+    with pytest.raises(ValueError, match="bos"):
+        processor(torch.tensor([[5, 6]]), torch.zeros(1, form.vocabulary.size))
+    with pytest.raises(ValueError, match="flat"):
+        GrammarProcessor(make_model()[0].form)
 
 
 def test_parts_that_do_not_belong_together_are_refused(bundle, tmp_path):
@@ -157,7 +209,10 @@ def test_a_bundle_with_a_part_missing_says_so(bundle, missing):
         ({"layout": "spiral"}, "spiral"),
         ({"head": {"type": "os.system"}}, "unknown type"),
         ({"vocabulary": None}, "damaged|vocabulary"),
-        ({"grid": [3]}, "damaged|grid"),
+        ({"grids": [3]}, "damaged"),
+        ({"grids": []}, "damaged.*at least one"),
+        ({"grids": [[2, 2], [1, 4]]}, "damaged.*2 grids"),
+        ({"picture_attention": "both"}, "damaged.*bidirectional"),
     ],
 )
 def test_a_changed_description_is_refused(bundle, change, message):
@@ -170,3 +225,69 @@ def test_a_changed_description_is_refused(bundle, change, message):
 def test_a_mistyped_folder_suggests_its_neighbour(bundle):
     with pytest.raises(ConfigError, match="did you mean 'model'"):
         Pipeline.from_pretrained(bundle.parent / "modle")
+
+
+def test_a_picture_is_the_same_whatever_is_drawn_beside_it(bundle):
+    pipe = Pipeline.from_pretrained(bundle)
+    four = pipe.generate("a red circle", n=4, guidance=2.0, seed=3)
+    assert same(four[:2], pipe.generate("a red circle", n=2, guidance=2.0, seed=3))
+    mixed = pipe.generate(["a blue square, inset 1", "a red circle"], n=2, guidance=2.0, seed=3)
+    assert same(mixed[2:], four[:2])
+
+
+def test_inpainting_keeps_the_other_cells(bundle):
+    pipe = Pipeline.from_pretrained(bundle)
+    picture = pipe.generate("a red circle", seed=1)[0]
+    codes = pipe._encode(picture).codes_hwQ
+    redraw = [[True, False], [False, True]]
+    mask = Image.new("L", (16, 16), 0)
+    mask.paste(255, (0, 0, 8, 8))
+    mask.paste(255, (8, 8, 16, 16))
+    drawn = pipe.inpaint(picture, redraw, "a blue square", n=3, temperature=3.0)
+    assert len(drawn) == 3 and same(drawn, pipe.inpaint(picture, mask, "a blue square", n=3, temperature=3.0))
+    nothing = pipe.inpaint(picture, [[False] * 2] * 2)[0]
+    assert same([nothing], pipe.show(pipe.images.decode(codes[None])))
+    with pytest.raises(ValueError, match=r"\(1, 2\).*\(2, 2\)"):
+        pipe.inpaint(picture, [[True, False]])
+    assert len(pipe.vary(picture, 0.5, n=2)) == 2
+    with pytest.raises(ValueError, match="share"):
+        pipe.vary(picture, 1.5)
+
+
+def test_an_edit_reads_picture_and_instruction(bundle):
+    pipe = Pipeline.from_pretrained(bundle)
+    red, blue = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
+    greedy = {"temperature": 0.0, "guidance": 2.0, "image_guidance": 1.5}
+    made = {
+        name: pipe.edit(picture, told, **greedy)[0].tobytes()
+        for name, picture, told in (("1", red, "a"), ("2", blue, "a"), ("3", red, "a blue square"))
+    }
+    assert len(set(made.values())) == 3
+    assert len(pipe.edit(red, "a", n=2)) == 2
+
+
+def test_ranking_is_the_models_own_likelihood(bundle):
+    """Against the loss of the same document in training; and the best of several is the first in rank."""
+    pipe = Pipeline.from_pretrained(bundle)
+    pictures = pipe.generate("a red circle", n=4, seed=2, temperature=2.0)
+    fit = pipe.rank("a red circle", pictures)
+    form, text = pipe.model.form, Text(tuple(pipe.encode_text("a red circle")))
+    for picture, told in zip(pictures, fit, strict=True):
+        given = replace(pipe._encode(picture), given=True)
+        batch = pack([form.lay([given, text])], form, 64)
+        with torch.inference_mode():
+            assert float(measure(pipe.model, batch)[0].nll) == pytest.approx(-told, rel=1e-4)
+    best = pipe.generate("a red circle", n=2, best_of=3, seed=2, temperature=2.0)
+    six = pipe.draw_codes("a red circle", 6, pipe.sampling_with(temperature=2.0), 2)
+    six_fit = pipe._fit("a red circle", six, None)
+    wanted = [six[i + six_fit[i : i + 3].index(max(six_fit[i : i + 3]))] for i in (0, 3)]
+    assert same(best, pipe.show(pipe.decode(wanted)))
+
+
+def test_unknown_settings_are_named(bundle):
+    pipe = Pipeline.from_pretrained(bundle)
+    with pytest.raises(ValueError, match=r"unknown temprature.*temperature"):
+        pipe.generate("a", temprature=1.0)
+    seen = []
+    pipe.generate("a", n=2, watch=lambda rows: seen.append([len(row.cells) for row in rows]))
+    assert seen[0] == [1, 1] and len(seen) == 4

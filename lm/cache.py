@@ -1,0 +1,103 @@
+"""Keys and values of rows that have unequal lengths and come and go: one preallocated tensor for each layer.
+
+Each row has slots of its own: its n-th position lies in slot n + 1, whatever the other rows hold. Slot 0 is where
+padding is written, and nobody looks. So rows need no common start, a row can begin anew, and the last row can take the
+place of one that has ended. Knows nothing of ids.
+
+Legend: B rows of a pass, R rows there is room for, H heads, T new positions, S slots, D width of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+PADDING = 0  # slot
+
+
+class RowCache(Cache):
+    """`layers`: of the trunk. `reserve` before a pass makes room, `enter` says where its keys and values go."""
+
+    def __init__(self, layers: int):
+        self.rows, self.slots_BT, self.limit = slice(0, 0), torch.zeros(0, 0, dtype=torch.int64), 0
+        self.room = (0, 0)  # rows, slots
+        super().__init__(layers=[_RowLayer(self) for _ in range(layers)])
+
+    def reserve(self, rows: int, positions: int) -> None:
+        """Make room for so many rows of so many positions. What is there stays; room grows by half at least."""
+        have, wanted = self.room, (rows, positions + 1)
+        if wanted[0] > have[0] or wanted[1] > have[1]:
+            grown = [
+                new if new <= old else max(new, old + old // 2) for new, old in zip(wanted, have, strict=True)
+            ]
+            self.room = (max(grown[0], have[0]), max(grown[1], have[1]))
+            for layer in self.layers:
+                layer.grow(*self.room)  # type: ignore[attr-defined]
+
+    def enter(self, rows: slice, slots_BT: Tensor) -> int:
+        """The next pass is over these rows, and writes there. Returns how many slots its positions may look at."""
+        self.rows, self.slots_BT = rows, slots_BT
+        self.limit = int(slots_BT.max()) + 1
+        return self.limit
+
+    def move(self, source: int, target: int) -> None:
+        """Row `target` becomes what row `source` is."""
+        for layer in self.layers:
+            layer.move(source, target)  # type: ignore[attr-defined]
+
+
+class _RowLayer(CacheLayerMixin):
+    def __init__(self, cache: RowCache):
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        rows, slots = self.cache.room
+
+        def empty(like_BHTD: Tensor) -> Tensor:
+            # zeros: what was never written is masked, and 0 · NaN would be NaN
+            return like_BHTD.new_zeros(rows, like_BHTD.shape[1], slots, like_BHTD.shape[3])
+
+        self.keys, self.values = empty(key_states), empty(value_states)
+        self.is_initialized = True
+
+    def grow(self, rows: int, slots: int) -> None:
+        if not self.is_initialized:
+            return
+        for name in ("keys", "values"):
+            old: Any = getattr(self, name)
+            new = old.new_zeros(rows, old.shape[1], slots, old.shape[3])
+            new[: old.shape[0], :, : old.shape[2]] = old
+            setattr(self, name, new)
+
+    def move(self, source: int, target: int) -> None:
+        if self.is_initialized:
+            for part in (self.keys, self.values):
+                part[target] = part[source]  # type: ignore[index]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *arguments: Any, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """New keys and values (B,H,T,D) → those of all slots that are in use (B,H,S,D)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        cache = self.cache
+        row_B1 = torch.arange(len(cache.slots_BT), device=key_states.device)[:, None]
+        found = []
+        for store, new_BHTD in ((self.keys, key_states), (self.values, value_states)):
+            rows_BHSD = store[cache.rows]  # type: ignore[index]
+            rows_BHSD[row_B1, :, cache.slots_BT] = new_BHTD.transpose(1, 2)
+            found.append(rows_BHSD[:, :, : cache.limit])
+        return found[0], found[1]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.limit, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.limit - self.cache.slots_BT.shape[1] if self.cache.limit else 0
+
+    def get_max_length(self) -> int:
+        return self.cache.room[1]
