@@ -1,53 +1,128 @@
-"""Command `lm-evaluate`: how well a bundle reads and draws the pictures of a store.
+"""Command `lm-evaluate`: how well a bundle reads and draws the pictures of a store, and what it kept of plain text.
 
     lm-evaluate model=runs/lm/model store=runs/store
+    lm-evaluate model=runs/lm/model store=runs/store texts=wordnet base=DIR
 
 Leaves metrics.json and samples.png in `out`. `lm-train` ends with the same functions.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from lm import metrics
 from lm.data import Pairs, open_store, read_pairs
+from lm.metrics import Gallery, PlainText
 from lm.pipeline import Pipeline, sheet
-from lm.sequence import Image
+from lm.sequence import Grid
+from lm.source import load
+from lm.texts import Texts
+from lm.vocab import text_to_ids
 from vqlm.command import command
 from vqlm.errors import ConfigError
 from vqlm.files import write_json
 from vqlm.hardware import Device
 
+STYLES = "heldout_style"
+NAMES = {"train": "train", "heldout": "heldout", STYLES: "held-out style"}
+
 
 def evaluate(
     model: str,
     store: str,
+    texts: Texts,
+    base: str | None,
     guidance: float | None,
     temperature: float | None,
     top_k: int | None,
     top_p: float | None,
     train_captions: int,
     heldout_captions: int,
+    heldout_texts: int,
+    context: int,
     seed: int,
     out: str,
     device: Device,
 ) -> None:
-    """Measure a saved bundle on the store of its tokenizer."""
+    """Measure a saved bundle on the store of its tokenizer, and on texts that it was not trained on."""
     if train_captions < 0 or heldout_captions < 0:
         raise ConfigError(
             f"train_captions={train_captions}, heldout_captions={heldout_captions}: not negative"
         )
+    if heldout_texts < 1 or context < 2:
+        raise ConfigError(f"heldout_texts={heldout_texts}: at least 1; context={context}: at least 2")
     pipeline = Pipeline.from_pretrained(model, device)
     try:
         pipeline.sampling = pipeline.sampling_with(guidance, temperature, top_k, top_p)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    report(pipeline, store, Path(out), train_captions, heldout_captions, seed)
+    heldout = texts.heldout()
+    if base is not None and not heldout:
+        raise ConfigError(f"base={base}: nothing to compare it on; choose texts too, such as texts=wordnet")
+    extra = {}
+    if heldout:
+        chosen = [heldout[i] for i in metrics.spread(len(heldout), heldout_texts)]
+        extra["text"] = kept(pipeline, chosen, base, Path(model).parent / "metrics.json", context)
+    report(pipeline, store, Path(out), train_captions, heldout_captions, seed, extra)
+
+
+# --- plain text ---------------------------------------------------------------------------------------------------
+
+
+def kept(
+    pipeline: Pipeline, texts: Sequence[str], base: str | None, trained: Path, context: int
+) -> dict[str, Any]:
+    """{before, after, ratio} of plain text: `after` of the bundle, `before` of its base model.
+
+    base: folder or hub id; None: what `lm-train` wrote into `trained`, the metrics.json beside the bundle, if that was
+    measured on the same texts. Without either there is `after` alone.
+    """
+    try:
+        text = PlainText.of(pipeline, texts)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    after = metrics.measured(pipeline.model.lm, text, context)
+    if base is not None:
+        language_model = open_base(base, pipeline, texts, text.size)
+        language_model.to(pipeline.device)
+        return metrics.retention(metrics.measured(language_model, text, context), after)
+    before = stored(trained)
+    same = before is not None and all(before.get(key) == after[key] for key in ("digest", "size", "context"))
+    return metrics.retention(before, after) if before is not None and same else {"after": after}
+
+
+def open_base(name: str, pipeline: Pipeline, texts: Sequence[str], size: int) -> nn.Module:
+    """The base model of a bundle. ConfigError if it cannot be loaded, or has another vocabulary than the bundle's."""
+    try:
+        language_model, tokenizer = load(name)
+    except ValueError as error:
+        raise ConfigError(f"base={name}: {error}") from error
+    ids = 1 + max(tokenizer.get_vocab().values())
+    if ids != size:
+        raise ConfigError(f"base={name} has {ids} ids, the model was made from one of {size}")
+    if other := [text for text in texts if text_to_ids(tokenizer, text) != pipeline.encode_text(text)]:
+        raise ConfigError(
+            f"base={name} is not the base of this model: it reads {other[0][:40]!r} as other ids"
+        )
+    return language_model
+
+
+def stored(path: Path) -> dict[str, Any] | None:
+    """What `lm-train` measured of the base model; None where there is no such file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["text"]["before"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+# --- pictures -----------------------------------------------------------------------------------------------------
 
 
 def report(
@@ -63,31 +138,30 @@ def report(
 
     Drawn pictures are compared with the whole set as the image tokenizer reconstructs it: a store holds no pixels.
     """
-    store = open_store(store_folder)
+    store = open_store(store_folder, pipeline.model.form)
     store.check(pipeline.images)
-    if store.grid != pipeline.model.form.grid:
-        raise ConfigError(
-            f"the store's pictures have {store.grid} cells, the model draws {pipeline.model.form.grid}"
-        )
     result: dict[str, Any] = dict(extra or {})
     result["sampling"] = asdict(pipeline.sampling) | {"seed": seed}
     result["compared"] = "squared pixel distance to the set's reconstructions"
-    splits = {split: read_pairs(store, split, pipeline.encode_text) for split in ("train", "heldout")}
-    gallery, concepts = whole_set(pipeline, splits)
-    pictures, labels, first = [], [], 0
-    for split, count in (("train", train_captions), ("heldout", heldout_captions)):
-        pairs = splits[split]
-        place = list(range(first, first + len(pairs)))
-        first += len(pairs)
-        if not len(pairs) or not count:
-            continue
-        print(f"drawing {min(count, len(pairs))} {split} captions", flush=True)
-        drawing, drawn, chosen = metrics.drawing(pipeline, gallery, pairs, place, concepts, seed, count)
-        result[split] = {**metrics.losses(pipeline.model, pairs), "drawing": drawing}
-        result[split]["captioning"] = metrics.captioning(pipeline, pairs, count)
-        shown = metrics.spread(len(chosen), 32 if split == "train" else 16)
-        pictures += pipeline.show(drawn[shown])
-        labels += [pairs.texts[chosen[i]] + (" (held out)" if split == "heldout" else "") for i in shown]
+    parts = in_parts(*(read_pairs(store, split, pipeline.encode_text) for split in ("train", "heldout")))
+    gallery = Gallery.of(pipeline, list(parts.values()))
+    pictures, labels = [], []
+    first: dict[Grid, int] = {}
+    for name, pairs in parts.items():
+        count = train_captions if name == "train" else heldout_captions
+        if len(pairs) and count:
+            print(f"drawing {min(count, len(pairs))} captions: {NAMES[name]}", flush=True)
+            drawing, drawn, chosen = metrics.drawing(pipeline, gallery, pairs, first, seed, count)
+            result[name] = {**metrics.losses(pipeline.model, pairs), "drawing": drawing}
+            result[name]["captioning"] = metrics.captioning(pipeline, pairs, count)
+            if len(grids := metrics.by_grid(pairs)) > 1:
+                result[name]["pictures"] = {f"{h}x{w}": len(own) for (h, w), own in grids.items()}
+            shown = metrics.spread(len(chosen), 32 if name == "train" else 16)
+            pictures += [each for i in shown for each in pipeline.show(drawn[i][None])]
+            told = "" if name == "train" else " (held out)" if name == "heldout" else " (style held out)"
+            labels += [pairs.texts[chosen[i]] + told for i in shown]
+        for grid, own in metrics.by_grid(pairs).items():
+            first[grid] = first.get(grid, 0) + len(own)
     write_json(out / "metrics.json", result)
     if pictures:
         sheet(pictures, labels).save(out / "samples.png")
@@ -95,14 +169,29 @@ def report(
     return result
 
 
-def whole_set(pipeline: Pipeline, splits: dict[str, Pairs]) -> tuple[Tensor, list[str]]:
-    """Reconstructions (N,3,H,W) of every stored picture, training ones first, and their concepts."""
-    pixels, concepts = [], []
-    for pairs in splits.values():
-        for codes in pairs.codes_NhwQ.split(256) if len(pairs) else ():
-            pixels.append(pipeline.decode([Image(c) for c in codes]))
-        concepts += pairs.concepts
-    return torch.cat(pixels), concepts
+def in_parts(train: Pairs, heldout: Pairs) -> dict[str, Pairs]:
+    """What was trained on; held-out concepts; and held-out pictures whose concept was trained on in another style."""
+    known = set(train.concepts)
+    styles = [i for i, concept in enumerate(heldout.concepts) if concept in known]
+    concepts = [i for i, concept in enumerate(heldout.concepts) if concept not in known]
+    parts = {"train": train, "heldout": select(heldout, concepts)}
+    return parts | {STYLES: select(heldout, styles)} if styles else parts
+
+
+def select(pairs: Pairs, chosen: list[int]) -> Pairs:
+    """Some of the pairs, in this order."""
+    codes = pairs.codes
+    return replace(
+        pairs,
+        captions=[pairs.captions[i] for i in chosen],
+        codes=codes[chosen] if isinstance(codes, torch.Tensor) else [codes[i] for i in chosen],
+        texts=[pairs.texts[i] for i in chosen],
+        ids=[pairs.ids[i] for i in chosen],
+        concepts=[pairs.concepts[i] for i in chosen],
+    )
+
+
+# --- the table ----------------------------------------------------------------------------------------------------
 
 
 def table(result: dict[str, Any]) -> str:
@@ -117,19 +206,33 @@ def table(result: dict[str, Any]) -> str:
         "text bits",
         "caption F1",
     )
-    lines = [f"{'':10}" + "".join(f"{h:>18}" for h in head)]
-    for split in ("train", "heldout"):
-        if split not in result:
+    lines = [f"{'':14}" + "".join(f"{h:>18}" for h in head)]
+    for part, name in NAMES.items():
+        if part not in result:
             continue
-        m = result[split]
+        m = result[part]
         d = m["drawing"]
         variant = (
             [f"{d['variant_followed']:.1%}", f"{d['variant_chance']:.1%}"] if "variants" in d else ["-", "-"]
         )
         cells = [str(d["captions"]), f"{d['among_ten_nearest']:.1%}", f"{d['chance']:.2%}", *variant]
         cells += [f"{m['image_bits']:.3f}", f"{m['text_bits']:.3f}", f"{m['captioning']['word_f1']:.2f}"]
-        lines.append(f"{split:10}" + "".join(f"{c:>18}" for c in cells))
-    return "\n".join([*lines, "bits are per token, the other modality given"])
+        lines.append(f"{name:14}" + "".join(f"{c:>18}" for c in cells))
+    lines.append("bits are per token, the other modality given")
+    return "\n".join([*lines, *([text_line(result["text"])] if "text" in result else [])])
+
+
+def text_line(text: dict[str, Any]) -> str:
+    """Plain text before and after, in one line."""
+    after = text["after"]
+    told = f"plain text: perplexity {after['perplexity']:.2f}, {after['bits_per_byte']:.3f} bits a byte"
+    if "before" not in text:
+        return f"{told}; its base model is not known: base=DIR compares"
+    before = text["before"]
+    return (
+        f"{told}; base model {before['perplexity']:.2f} and {before['bits_per_byte']:.3f}: "
+        f"perplexity times {text['ratio']:.3f}"
+    )
 
 
 main = command("lm_evaluate", evaluate)

@@ -10,30 +10,42 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from lm.data import DocumentBatches, Mixture, open_store, read_pairs
+from lm.architecture import check_context
+from lm.callbacks import Retention
+from lm.data import DocumentBatches, Encoded, Mixture, identity, open_store, read_documents, read_pairs
 from lm.decoding import Sampling
 from lm.evaluate import report
 from lm.heads import Head
 from lm.learner import LMLearner
 from lm.model import decoder_layers
-from lm.pipeline import Pipeline
-from lm.sequence import Flat, Stacked
-from lm.source import Pretrained, Scratch
+from lm.pipeline import Pipeline, images_of, pictures_of
+from lm.sequence import Delayed, Flat, PictureAttention, Stacked
+from lm.source import Source
+from lm.texts import Texts, repair
+from lm.tune import Tune
 from vqlm.command import command
 from vqlm.errors import ConfigError
-from vqlm.hardware import Device, Precision, detect
+from vqlm.hardware import Device, Precision, Strategy, detect
+from vqlm.ranks import rank, rank_count, start
 from vqlm.training import check_loading, fit
+
+TOKENIZER_TEXTS = 20_000  # of a corpus that a new text tokenizer looks at, beside the captions
 
 
 def train(
     store: str,
-    lm: Scratch | Pretrained,
-    layout: Flat | Stacked,
+    lm: Source,
+    tune: Tune,
+    layout: Flat | Stacked | Delayed,
     head: Callable[..., Head],
+    row_ends: bool,
+    picture_attention: PictureAttention,
     learner: Callable[..., LMLearner],
+    texts: Texts,
     mixture: Mixture,
+    retention: Retention,
     documents: int,
     row_length: int | None,
     sampling: Sampling,
@@ -43,6 +55,8 @@ def train(
     out: str,
     resume: Literal["auto", "never"],
     device: Device,
+    devices: int,
+    strategy: Strategy,
     precision: Precision,
     workers: int,
     checkpoint_minutes: float,
@@ -53,50 +67,93 @@ def train(
             f"documents={documents} must be at least 1, "
             f"train_captions={train_captions} and heldout_captions={heldout_captions} not negative"
         )
+    if row_ends and isinstance(layout, Delayed):
+        raise ConfigError(
+            "row_ends=true with layout=delayed: a row's last codes stand in the next row's positions"
+        )
     check_loading(workers, checkpoint_minutes)
-    hardware = detect(device, precision)
+    hardware = detect(device, precision, devices, strategy)
+    start(devices, hardware.device)
+
     codes = open_store(store)
-    extended = lm.build(codes.captions("train"), codes.codebook_size, codes.depth, seed)
-    trunk = extended.lm.base_model
+    images = images_of(codes)
+    pictures = pictures_of(codes, images, row_ends)
+    corpus = texts.train() if mixture.text else []
+    captions = [repair(caption)[0] for caption in codes.captions("train")]
+    extended = lm.build([*captions, *corpus[:TOKENIZER_TEXTS]], pictures, seed)
+    check_context(extended.lm.config, layout.length(max(h * w for h, w in codes.grids), codes.depth))
     made = head(
         width=layout.width(codes.depth),
         hidden_size=extended.lm.config.hidden_size,
-        trunk_layers=len(decoder_layers(trunk)),
+        trunk_layers=len(decoder_layers(extended.lm.base_model)),
     )
-    pipeline = Pipeline.assemble(extended, made, layout, codes, sampling)
-    pairs = read_pairs(codes, "train", pipeline.encode_text)
-    parameters = sum(p.numel() for p in pipeline.model.parameters())
-    print(
-        f"language model of {parameters / 1e6:.1f} M parameters on {hardware}: {len(pairs):,} pairs, "
-        f"{layout.name} layout, {pipeline.model.form.image_length} positions a picture, {type(made).__name__}"
-    )
+    pipeline = Pipeline.assemble(extended, made, layout, images, codes.grids, sampling, picture_attention)
+    form, encode = pipeline.model.form, pipeline.encode_text
+    pairs = read_pairs(codes, "train", encode, mixture.longest_caption)
+    wanted = mixture.documents if mixture.written else None
+    written = read_documents(wanted, codes, "train", encode) if wanted else []
+
+    def batches(total: int) -> DocumentBatches:
+        given = (pairs, form, mixture, documents, row_length, seed, total, Encoded(corpus, encode), written)
+        return DocumentBatches(*given, rank=rank(), ranks=rank_count())
+
+    check_context(extended.lm.config, form.longest_picture, batches(1).longest)
+    tune.prepare(pipeline.model, extended.first_new_row)
     training = learner(model=pipeline.model)
+    soft = getattr(training.objective, "soft", None)
+    if soft is not None and pictures.vectors_QKD is not None:
+        soft.look_at(pictures.vectors_QKD)
+    parameters = sum(p.numel() for p in pipeline.model.parameters())
+    moved = sum(p.numel() for p in pipeline.model.parameters() if p.requires_grad)
+    print(
+        f"{type(extended.lm).__name__} of {parameters / 1e6:.1f} M parameters, {moved / 1e6:.1f} M trained, on "
+        f"{hardware}: {pairs.report()}, {texts.report()}\n{layout.name} layout, {form.longest_picture} positions a "
+        f"picture, {type(made).__name__}, {documents} documents a batch in rows of {batches(1).row_length}",
+        flush=True,
+    )
+    retention.look_at(pipeline, texts.heldout(), out)
     fit(
         training,
-        lambda total: DocumentBatches(
-            pairs, pipeline.model.form, mixture, documents, row_length, seed, total
-        ),
+        batches,
         out,
         hardware,
         "training the language model",
         workers,
         checkpoint_minutes,
-        {"store": codes.digest, "vocabulary": extended.vocabulary.to_json()},
+        identity(codes, form, corpus, written) | {"tune": type(tune).__name__},
+        [retention],
     )
-    pipeline.to(hardware.device)
     folder = Path(out)
+    trained: Any = training.result
+    pipeline.model = trained
+    tune.finish(pipeline.model)
+    pipeline.to(hardware.device)
     pipeline.save_pretrained(folder / "model")
     run = {
         "batches": training.batches_seen,
         "documents": training.samples_seen,
         "minutes": training.seconds / 60,
+        "bad_batches": training.bad_batches,
+        "parameters": parameters,
+        "trained_parameters": moved,
+        "captions": pairs.counts,
     }
-    extra = {"run": {**run, "bad_batches": training.bad_batches, "parameters": parameters}}
-    report(pipeline, store, folder, train_captions, heldout_captions, seed, extra)
+    kept = retention.conclude(pipeline, training.batches_seen)
+    report(
+        pipeline,
+        store,
+        folder,
+        train_captions,
+        heldout_captions,
+        seed,
+        {"run": run, **({"text": kept} if kept else {})},
+    )
     print(f"model: {folder / 'model'}   metrics and pictures: {folder}")
 
 
-main = command("lm_train", train, free=("device", "precision", "workers", "checkpoint_minutes"))
+main = command(
+    "lm_train", train, free=("device", "devices", "strategy", "precision", "workers", "checkpoint_minutes")
+)
 
 if __name__ == "__main__":
     main()

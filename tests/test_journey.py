@@ -208,13 +208,11 @@ def test_wrong_configuration_exits_2_says_what_and_leaves_nothing(road, module, 
     assert not target.exists()
 
 
-@pytest.mark.parametrize(
-    "choice", [["layout=flat", "head=linear"], ["head=depth_transformer"], ["lm=pretrained"]]
-)
+@pytest.mark.parametrize("choice", [["layout=flat", "head=linear"], ["head=depth_transformer"], ["lm=hf"]])
 def test_every_layout_head_and_source_of_models_trains_and_draws(road, choice, tmp_path):
-    if choice == ["lm=pretrained"]:
+    if choice == ["lm=hf"]:
         make_plain_llama(tmp_path / "llama")
-        choice = [*choice, f"lm.path={tmp_path / 'llama'}"]
+        choice = [*choice, f"lm.name={tmp_path / 'llama'}"]
     size = ["lm_size=smoke", "learner.budget.batches=3", "device=cpu"]
     run("lm.train", "store=store", *size, *choice, f"out={tmp_path}/run", cwd=road)
     assert (
