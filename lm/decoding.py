@@ -11,6 +11,7 @@ V ids, S slots of the cache.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
@@ -186,13 +187,17 @@ class Decoder:
             self.grammar.text_mask(self.device),
             self.grammar.size_mask(self.device),
         )
+        self.picture_positions = self.form.longest_picture + 2  # with its two marks
+        self.positions: int = getattr(model.lm.config, "max_position_embeddings", None) or sys.maxsize
         self.plans = [tuple(plan_W) for plan_W in self.grammar.depth_SW.tolist()]
         self.forced = self.grammar.forced_S.tolist()
 
     # --- rows --------------------------------------------------------------------------------------------------------
 
     def add(self, drawing: Drawing) -> Row:
-        """ValueError on a prompt that breaks the grammar, or has opened a picture where none is wanted."""
+        """ValueError on a prompt that breaks the grammar, or has opened a picture where none is wanted, and where the
+        model has too few positions for the prompt and the pictures that are owed. Text ends where they are used up.
+        """
         row = Row(drawing, self.grammar.start(drawing.prompt.ids_TW))
         opened = row.state >= 0 or row.state == SIZE
         if (
@@ -203,6 +208,12 @@ class Decoder:
             raise ValueError(
                 "a prompt must stop in text, or where a wanted image begins: not after <eos>, not inside"
             )
+        owed = max(drawing.least_images, int(opened)) * self.picture_positions
+        if len(drawing.prompt) + owed > self.positions:
+            raise ValueError(
+                f"the prompt has {len(drawing.prompt)} positions and its pictures need {owed}: the language model has "
+                f"{self.positions} in all. Shorten the prompt, or ask for fewer pictures"
+            )
         self.rows.append(row)
         self.branches += row.branches
         if opened:
@@ -210,8 +221,8 @@ class Decoder:
         if row.state >= 0:
             self._begin_picture(row)
         self._settle(row)
-        longest = len(drawing.prompt) + drawing.text + row.images_left * (self.form.longest_picture + 2) + 1
-        self.cache.reserve(len(self.branches), longest + self.form.longest_picture)
+        longest = len(drawing.prompt) + drawing.text + drawing.images * self.picture_positions + 1
+        self.cache.reserve(len(self.branches), min(longest, self.positions))
         return row
 
     def remove(self, row: Row) -> None:
@@ -363,9 +374,16 @@ class Decoder:
         if row.state == SIZE:
             return self.size_mask
         vocabulary, mask_V = self.form.vocabulary, self.text_mask.clone()
-        mask_V[vocabulary.image_start] = row.images_left > 0
+        fits = row.images_due > 0 or self._room(row) >= self.picture_positions
+        mask_V[vocabulary.image_start] = row.images_left > 0 and fits
         mask_V[vocabulary.eos] = row.images_due <= 0
         return mask_V
+
+    def _room(self, row: Row) -> int:
+        """Positions that the model has left for a row, after the pictures that are owed."""
+        first = row.branches[0]
+        owed = max(row.images_due, 0) * self.picture_positions
+        return self.positions - first.length - first.waiting - owed
 
     # --- what was drawn ----------------------------------------------------------------------------------------------
 
@@ -421,7 +439,7 @@ class Decoder:
             if row.state == TEXT:
                 for twin in row.branches[1:]:
                     twin.pending = []
-        elif row.state == TEXT and row.text_left <= 0:
+        elif row.state == TEXT and (row.text_left <= 0 or self._room(row) <= 0):
             if row.images_due > 0:
                 self._advance([row], [self._word(self.form.vocabulary.image_start)])
             else:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import HEADS, QWEN, make_model
+from tiny import HEADS, QWEN, make_format, make_head, make_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
@@ -273,6 +273,31 @@ def test_impossible_settings_are_refused(values, name):
         Sampling(**values)
 
 
+def test_no_row_outgrows_the_positions_of_the_model():
+    """GPT-2's learned positions: what would come behind the last one is not drawn, or refused beforehand."""
+    form, _ = make_format()
+    config = GPT2Config(n_embd=32, n_layer=3, n_head=2, vocab_size=form.vocabulary.size, n_positions=24)
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(config)
+    model = MultimodalLM(lm, make_head("linear", 2, trunk_layers=3), form).eval()
+    for n in range(12):
+        start = form.lay([Text(tuple(range(n)))], end=False)
+        (made,) = draw_all(model, [Drawing(start, Sampling(temperature=9.0), n, text=100, images=9)])
+        (owed,) = draw_all(
+            model, [Drawing(start, Sampling(temperature=9.0), n, text=100, images=9, least_images=1)]
+        )
+        assert (
+            max(len(form.build([Text(tuple(range(n))), *each])) for each in (made, owed)) <= 26
+        )  # <eos> is not read
+        assert any(isinstance(segment, Image) for segment in owed)
+    with pytest.raises(
+        ValueError, match="has 20 positions and its pictures need 6: the language model has 24"
+    ):
+        draw_all(model, [Drawing(form.lay([Text(tuple(range(19)))], end=False), images=1, least_images=1)])
+    with pytest.raises(ValueError, match="Shorten the prompt"):
+        draw_images(model, [form.image_prompt([Text(tuple(range(30)))])], Sampling(), [0])
+
+
 def test_impossible_prompts_are_refused():
     model, _ = make_model()
     form = model.form
@@ -371,8 +396,6 @@ def test_added_rows_leave_old_logits_exactly_as_they_were(family):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("head", HEADS)
 def test_heads_work_on_other_architectures(family, head):
-    from tiny import make_format, make_head
-
     form, _ = make_format()
     size = form.vocabulary.size
     configs = {
@@ -389,8 +412,6 @@ def test_heads_work_on_other_architectures(family, head):
 
 
 def test_a_head_or_model_of_another_size_is_refused():
-    from tiny import make_format, make_head
-
     form, _ = make_format()
     with pytest.raises(ValueError, match="rows"):
         MultimodalLM(from_scratch(QWEN, 10, 0), make_head("linear", 2), form)
