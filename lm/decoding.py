@@ -23,6 +23,7 @@ from lm.cache import PADDING, RowCache
 from lm.grammar import DONE, SIZE, TEXT, Grammar
 from lm.logits import draw, guide, guide_edit, guide_projected, min_p, temper, top_k, top_p
 from lm.model import MultimodalLM
+from lm.packed import weights_of
 from lm.sequence import NONE, Grid, Image, Laid, Segment, Text
 
 ROWS = 128  # branches decoded together
@@ -183,6 +184,7 @@ class Decoder:
         self.rows: list[Row] = []
         self.branches: list[Branch] = []  # in the order of the cache's rows
         self.cache = RowCache(len(decoder_layers(model.lm.base_model)))
+        self.weights = weights_of(model)
         self.text_mask, self.size_mask = (
             self.grammar.text_mask(self.device),
             self.grammar.size_mask(self.device),
@@ -290,13 +292,14 @@ class Decoder:
         visible_BTS[..., PADDING] = slots_BT == PADDING  # padding sees padding: an empty row would be NaN
         self._open_given(branches, visible_BTS, T)
         positions_BT = (slots_BT - 1).clamp(min=0)
-        made = self.model.step(
-            new_BTW.to(self.device),
-            visible_BTS[:, None].to(self.device),
-            positions_BT.to(self.device),
-            self.cache,
-            choose,
-        )
+        with self.weights.used():
+            made = self.model.step(
+                new_BTW.to(self.device),
+                visible_BTS[:, None].to(self.device),
+                positions_BT.to(self.device),
+                self.cache,
+                choose,
+            )
         return made.hidden_BTC[:, -1]
 
     def _open_given(self, branches: list[Branch], visible_BTS: Tensor, T: int) -> None:
@@ -341,7 +344,7 @@ class Decoder:
             for row in group.rows:
                 drawn[id(row)].append(NONE)
             return ids_B
-        logits_NBV = self.model.image_logits(feature_BC[group.at_NB], depth).float()
+        logits_NBV = self.weights.image_logits(feature_BC[group.at_NB], depth).float()
         guided_BV = group.sampling.guide(list(logits_NBV), group.share_B)
         uniform_B = torch.tensor([row.uniform() for row in group.rows], device=self.device)
         chosen = (
@@ -364,7 +367,7 @@ class Decoder:
         for sampling, members in found.items():
             at_B = torch.tensor([branches.index(row.branches[0]) for row in members], device=self.device)
             legal_BV = torch.stack([self._legal(row) for row in members])
-            logits_BV = self.model.text_logits(hidden_BC[at_B]).float().masked_fill(~legal_BV, -torch.inf)
+            logits_BV = self.weights.text_logits(hidden_BC[at_B]).float().masked_fill(~legal_BV, -torch.inf)
             uniform_B = torch.tensor([row.uniform() for row in members], device=self.device)
             for row, token in zip(members, sampling.draw(logits_BV, uniform_B).tolist(), strict=True):
                 drawn[id(row)] += [token, *[NONE] * (self.form.width - 1)]

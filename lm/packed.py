@@ -1,0 +1,117 @@
+"""Weights as oneDNN wants to read them: decoding on a CPU in a half to a third of the time.
+
+A step of decoding multiplies a few rows by every weight, so it takes as long as reading the weights does. torch reads
+its own layout at a third to two thirds of the memory's speed there, and one that is made once at full speed
+(`benchmarks/generate.py`). bf16 gives the same bits, fp32 the same up to rounding. It costs the memory of a second copy.
+
+Legend: N outputs, C inputs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lm.model import MultimodalLM, Rows
+
+LARGEST = 8 * 2**30  # bytes of weights; a model above keeps its own layout
+TYPICAL = 16  # rows of a step, for which the layout is chosen
+
+
+def weights_of(model: MultimodalLM) -> PackedWeights:
+    """The packed weights of a model, up to date; kept as long as the model is."""
+    found = _KEPT.get(model)
+    if found is None:
+        found = _KEPT[model] = PackedWeights(model)
+    found.refresh()
+    return found
+
+
+class PackedWeights:
+    """The linear layers and output rows of a model, packed; made again for what has changed since."""
+
+    def __init__(self, model: MultimodalLM):
+        self._model = weakref.ref(model)  # or keeping these would keep the model
+        self.layers: dict[nn.Linear, tuple[int, Callable[[Tensor], Tensor]]] = {}
+        self.rows: list[Callable[[Tensor], Tensor]] = []
+        self.rows_version = -1
+
+    @property
+    def model(self) -> MultimodalLM:
+        model = self._model()
+        assert model is not None, "the model is gone"
+        return model
+
+    @property
+    def pays(self) -> bool:
+        """On a CPU that has oneDNN for the model's numbers, if there is room."""
+        weight = next(self.model.parameters())
+        size = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or size > LARGEST:
+            return False
+        if weight.dtype == torch.bfloat16:
+            return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return weight.dtype == torch.float32
+
+    def refresh(self) -> None:
+        """Pack what is new or was written to since."""
+        if not self.pays:
+            self.layers, self.rows = {}, []
+            return
+        found = [
+            m
+            for m in self.model.modules()
+            if type(m) is nn.Linear and m.weight.dtype in (torch.float32, torch.bfloat16)
+        ]
+        output: Any = self.model.lm.get_output_embeddings()
+        found = [layer for layer in found if layer is not output]
+        for layer in found:
+            version = layer.weight._version
+            if self.layers.get(layer, (-1,))[0] != version:
+                self.layers[layer] = (version, packed(layer.weight, layer.bias))
+        version = output.weight._version
+        if self.rows_version != version or not self.rows:
+            parts: list[Rows] = self.model.output_rows()
+            self.rows, self.rows_version = [packed(*part) for part in parts], version
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """For the length of the block the model's linear layers read packed weights."""
+        for layer, (_, multiply) in self.layers.items():
+            layer.forward = multiply  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.forward  # the class's own shows again
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """As `MultimodalLM.text_logits`."""
+        return self.model.finish(self.rows[0](hidden)) if self.rows else self.model.text_logits(hidden)
+
+    def image_logits(self, feature: Tensor, depth: int) -> Tensor:
+        """As `MultimodalLM.image_logits`."""
+        if not self.rows:
+            return self.model.image_logits(feature, depth)
+        return self.model.finish(self.rows[1 + depth](feature))
+
+
+_KEPT: weakref.WeakKeyDictionary[MultimodalLM, PackedWeights] = weakref.WeakKeyDictionary()
+
+
+def packed(weight_NC: Tensor, bias_N: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """x (…,C) → (…,N), as `F.linear`."""
+    operators: Any = torch.ops.mkldnn
+    with torch.no_grad():
+        weight = operators._reorder_linear_weight(weight_NC.detach().contiguous(), TYPICAL)
+    bias = None if bias_N is None else bias_N.detach().contiguous()
+
+    def multiply(x: Tensor) -> Tensor:
+        return operators._linear_pointwise(x, weight, bias, "none", [], "")
+
+    return multiply
