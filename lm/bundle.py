@@ -6,25 +6,41 @@ ranges of ids, layout, grids, attention to pictures, head, sampling, fingerprint
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
+from safetensors import safe_open
 from transformers import PreTrainedTokenizerFast
 
-import lm.heads.depth_transformer
-import lm.heads.layered
-import lm.heads.linear
-import lm.heads.parallel  # noqa: F401  these declare the heads that a bundle may name
+from lm.architecture import check_context
 from lm.decoding import Sampling
 from lm.heads import Head
+from lm.heads.depth_transformer import DepthTransformerHead
+from lm.heads.layered import LayeredHead
+from lm.heads.linear import LinearHead
+from lm.heads.parallel import ParallelHead
 from lm.sequence import LAYOUTS, SequenceFormat
-from lm.vocab import Vocabulary
+from lm.vocab import IMAGE_END, IMAGE_START, ROW_END, Vocabulary, grid_name
 from vqlm import __version__
-from vqlm.checkpoint import describe, rebuild
+from vqlm.checkpoint import describe, load_tensors, rebuild
 from vqlm.errors import ConfigError, nearest
 
 FORMAT = 1
+HEADS = (LinearHead, ParallelHead, LayeredHead, DepthTransformerHead)  # that a bundle may name
+MOST, MOST_LAYERS = 65_536, 256  # what a description may ask for
+
+
+class ImageTokenizerLike(Protocol):
+    """The part of `vq.ImageTokenizer` that is compared here."""
+
+    @property
+    def codebook_size(self) -> int: ...
+    @property
+    def depth(self) -> int: ...
 
 
 def about(form: SequenceFormat, head: Head, sampling: Sampling, fingerprint: str) -> dict[str, Any]:
@@ -50,39 +66,125 @@ def read_about(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"no model at {folder}: multimodal.json is missing{nearest(folder.name, siblings)}")
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-        if about["format"] != FORMAT:
+        if about["format"] != FORMAT or isinstance(about["format"], bool):
             raise ConfigError(f"{path} has format {about['format']!r}; this version of vqlm reads {FORMAT}")
         missing = {"fingerprint", "vocabulary", "layout", "grids", "head"} - about.keys()
         if missing:
             raise ConfigError(f"{path} lacks {sorted(missing)}")
-    except (TypeError, KeyError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ConfigError:
+        raise
+    except (TypeError, KeyError, ValueError, RecursionError, OverflowError) as error:
         raise ConfigError(f"{path} is damaged: {error!r}") from error
     return about
 
 
-def read_parts(about: dict[str, Any], folder: Path) -> tuple[SequenceFormat, Head, Sampling]:
-    """The parts that multimodal.json describes; ConfigError if it does not describe them rightly."""
+def read_parts(about: dict[str, Any], folder: Path, config: Any) -> tuple[SequenceFormat, Head, Sampling]:
+    """The parts that multimodal.json describes, for a language model of this configuration; the head has its weights.
+
+    ConfigError if it does not describe them rightly, or asks for more than the files hold.
+    """
+    form, weights = read_format(about, folder), folder / "head.safetensors"
+    with _damage(folder):
+        check_context(config, form.longest_picture)
+        sampling = Sampling(**about.get("sampling", {}))
+        check_head(about["head"])
+        with torch.device("meta"):  # no memory is taken before shapes have been compared with the file's
+            head = rebuild(about["head"])
+        if bool(head.state_dict()) != weights.is_file():
+            there = (
+                "has no weights, but head.safetensors is there"
+                if weights.is_file()
+                else "needs head.safetensors"
+            )
+            raise ConfigError(f"its {type(head).__name__} {there}")
+        if head.state_dict():
+            check_shapes(head, weights)
+            head = head.to_empty(device="cpu")
+            load_tensors(head, weights)
+    return form, head, sampling
+
+
+def read_format(about: dict[str, Any], folder: Path) -> SequenceFormat:
+    """Vocabulary, layout and grids of a bundle; ConfigError if they do not fit each other."""
+    with _damage(folder):
+        if about["layout"] not in LAYOUTS:
+            raise ConfigError(f"unknown layout {about['layout']!r}; known: {sorted(LAYOUTS)}")
+        given = about["vocabulary"]
+        numbers = [v for k, v in given.items() if k != "sizes" and v is not None] + list(
+            given.get("sizes", [])
+        )
+        grids = tuple((height, width) for height, width in about["grids"])
+        sides = [side for grid in grids for side in grid]
+        if not all(_whole(each, 2**31) for each in numbers) or not all(_whole(each, MOST) for each in sides):
+            raise ConfigError(f"ids, sizes and sides of grids are whole numbers, found {[*numbers, *sides]}")
+        if any(height * width > MOST for height, width in grids):
+            raise ConfigError(f"grids={grids}: at most {MOST} cells")
+        vocabulary, layout = Vocabulary.from_json(given), LAYOUTS[about["layout"]]()
+        return SequenceFormat(vocabulary, layout, grids, about.get("picture_attention", "causal"))
+
+
+def check_head(described: Any) -> None:
+    """ConfigError unless it is a head, with plain numbers of possible sizes as arguments."""
+    names = {each.__name__ for each in HEADS}
+    kind = described.get("type") if isinstance(described, dict) else described
+    if kind not in names:
+        raise ConfigError(f"unknown type {kind!r} of a head; known: {sorted(names)}")
+    for name, value in described.items():
+        numbers = value if isinstance(value, list) else [value]
+        if name != "type" and not all(each is None or _whole(each, MOST) for each in numbers):
+            raise ConfigError(f"head.{name}={value!r}: whole numbers from 0 to {MOST} are expected")
+    for name, most in (("layers", MOST_LAYERS), ("width", MOST_LAYERS)):
+        if isinstance(described.get(name), int) and described[name] > most:
+            raise ConfigError(f"head.{name}={described[name]}: at most {most}")
+
+
+def check_shapes(head: Head, path: Path) -> None:
+    """ConfigError unless the file has the head's tensors in their shapes; reads its header alone."""
     try:
-        head = rebuild(about["head"])
-        if not isinstance(head, Head):
-            raise ConfigError(f"head is a {type(head).__name__}")
-        return read_format(about), head, Sampling(**about.get("sampling", {}))
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        with safe_open(str(path), framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # the library raises its own and OS errors; all mean an unusable file
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
+    if found != wanted:
+        wrong = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        raise ConfigError(f"{path.name} does not fit its {type(head).__name__}: {wrong[:4]}")
+
+
+def check_codes(form: SequenceFormat, images: ImageTokenizerLike) -> None:
+    """ConfigError unless the codes of the language model are those of the image tokenizer."""
+    for name in ("codebook_size", "depth"):
+        ours, theirs = getattr(form.vocabulary, name), getattr(images, name)
+        if ours != theirs:
+            raise ConfigError(f"multimodal.json has {name} {ours}, the image tokenizer in vq/ {theirs}")
+
+
+def check_names(tokenizer: PreTrainedTokenizerFast, form: SequenceFormat) -> None:
+    """ConfigError unless marks, and the first and last image token, have the ids that multimodal.json gives them."""
+    v = form.vocabulary
+    wanted = {f"<|image_{i}|>": v.image_offset + i for i in (0, v.depth * v.codebook_size - 1)}
+    wanted |= {IMAGE_START: v.image_start, IMAGE_END: v.image_end}
+    wanted |= {} if v.row_end is None else {ROW_END: v.row_end}
+    wanted |= {grid_name(grid): i for grid, i in zip(form.grids, v.sizes, strict=False)}
+    wanted |= {
+        str(tokenizer.bos_token): v.bos,
+        str(tokenizer.eos_token): v.eos,
+        str(tokenizer.pad_token): v.pad,
+    }
+    found = {name: tokenizer.convert_tokens_to_ids(name) for name in wanted}
+    if wrong := {name: (found[name], wanted[name]) for name in wanted if found[name] != wanted[name]}:
+        told = ", ".join(f"{name}: {theirs} and {ours}" for name, (theirs, ours) in list(wrong.items())[:4])
+        raise ConfigError(f"ids of the text tokenizer and of multimodal.json differ: {told}")
+
+
+@contextmanager
+def _damage(folder: Path) -> Iterator[None]:
+    """Whatever a description makes fail is told as what it is: a damaged file."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, KeyError, RuntimeError, OverflowError) as error:
         raise ConfigError(f"{folder / 'multimodal.json'} is damaged: {error}") from error
 
 
-def read_format(about: dict[str, Any]) -> SequenceFormat:
-    if about["layout"] not in LAYOUTS:
-        raise ConfigError(f"unknown layout {about['layout']!r}; known: {sorted(LAYOUTS)}")
-    grids = tuple((int(height), int(width)) for height, width in about["grids"])
-    vocabulary, layout = Vocabulary.from_json(about["vocabulary"]), LAYOUTS[about["layout"]]()
-    return SequenceFormat(vocabulary, layout, grids, about.get("picture_attention", "causal"))
-
-
-def check_names(tokenizer: PreTrainedTokenizerFast, vocabulary: Vocabulary) -> None:
-    """The names of the first and last image token stand at the ends of the image range."""
-    last = vocabulary.depth * vocabulary.codebook_size - 1
-    found = [tokenizer.convert_tokens_to_ids(f"<|image_{i}|>") for i in (0, last)]
-    expected = [vocabulary.image_offset, vocabulary.size - 1]
-    if found != expected:
-        raise ConfigError(f"the text tokenizer puts image tokens at {found}, multimodal.json at {expected}")
+def _whole(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most

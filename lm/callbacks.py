@@ -36,10 +36,9 @@ class Retention(L.Callback):
     """
 
     def __init__(self, every: int = 500, texts: int = 500, context: int = 1024):
-        if every < 0 or texts < 1 or context < 2:
-            raise ValueError(
-                f"every={every} must not be negative, texts={texts} be at least 1, context={context} 2"
-            )
+        for name, value, least in (("every", every, 0), ("texts", texts, 1), ("context", context, 2)):
+            if value < least:
+                raise ValueError(f"{name}={value}: at least {least}")
         self.every, self.count, self.context = every, texts, context
         self.text: PlainText | None = None
         self.out = Path()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,21 @@ from lm.sequence import NONE, Grid, Image, Laid, Segment, Text
 
 ROWS = 128  # branches decoded together
 UNIFORMS = 256  # random numbers that a row draws at a time
+LIKELY_TEXT = 256  # ids that the cache has room for at first, however many are allowed
+
+
+LIMITS = {
+    "guidance": (0, 1e4),
+    "temperature": (0, 1e4),
+    "top_k": (0, 2**31),
+    "top_p": (1e-9, 1),
+    "min_p": (0, 1),
+    "deeper": (0.01, 100),
+    "image_guidance": (0, 1e4),
+    "parallel": (0, 1),
+    "norm": (0, 1e4),
+    "ramp": (0, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -35,10 +50,10 @@ class Sampling:
     """How ids are drawn.
 
     guidance: u + s·(c - u) on the logits of pictures, 1 = none. image_guidance: of an edit, how much the given picture
-    counts (`lm.logits.guide_edit`). parallel, norm: 1 and 0 are plain guidance, others project it
-    (`lm.logits.guide_projected`). ramp: guidance rises linearly from 1 over this share of a picture's positions.
-    temperature: 0 = greedy; deeper: factor on it for each further depth of a cell. top_k: 0 = all. top_p: 1 = all.
-    min_p: 0 = all.
+    counts (`lm.logits.guide_edit`; edits are never projected). parallel, norm: 1 and 0 are plain guidance, others
+    project it (`lm.logits.guide_projected`). ramp: guidance rises linearly from 1 over this share of a picture's
+    positions. temperature: 0 = greedy; deeper: factor on it for each further depth of a cell. top_k: 0 = all.
+    top_p: 1 = all. min_p: 0 = all.
     """
 
     guidance: float = 1.0
@@ -53,30 +68,21 @@ class Sampling:
     ramp: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, low in (
-            ("guidance", 0),
-            ("image_guidance", 0),
-            ("temperature", 0),
-            ("top_k", 0),
-            ("norm", 0),
-        ):
-            value = getattr(self, name)
-            if not low <= value < float("inf"):
-                raise ValueError(f"{name}={value}: must be at least {low}, and finite")
-        for name in ("min_p", "parallel", "ramp"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name}={value}: must lie in [0, 1]")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}: must lie in (0, 1]; 1 keeps all")
-        if not 0 < self.deeper < float("inf"):
-            raise ValueError(f"deeper={self.deeper}: a positive factor on the temperature; 1 changes nothing")
+        for each in fields(self):
+            value = getattr(self, each.name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not whole and (each.name == "top_k" or not isinstance(value, float)):
+                kind = "a whole number" if each.name == "top_k" else "a number"
+                raise ValueError(f"{each.name}={value!r}: must be {kind}")
+            low, high = LIMITS[each.name]
+            if not low <= value <= high:
+                raise ValueError(f"{each.name}={value}: must lie in [{low:g}, {high:g}]")
 
     def guide(self, branches: list[Tensor], share_B: Tensor) -> Tensor:
         """Logits (B,V) of each branch, the fully conditioned one first → guided ones. share: of the picture done."""
         if len(branches) == 1:
             return branches[0]
-        risen = (share_B / self.ramp).clamp(max=1)[:, None] if self.ramp else 1.0
+        risen = (share_B / max(self.ramp, 1e-6)).clamp(max=1)[:, None] if self.ramp else 1.0
         scale = 1 + (self.guidance - 1) * risen
         if len(branches) == 3:
             full_BV, image_BV, nothing_BV = branches
@@ -87,7 +93,12 @@ class Sampling:
         return guide_projected(conditional_BV, unconditional_BV, scale, self.parallel, self.norm)
 
     def draw(self, logits_BV: Tensor, uniform_B: Tensor, depth: int = 0) -> Tensor:
-        """Logits (B,V) → ids (B). uniform: a random number in [0, 1) for each."""
+        """Logits (B,V) → ids (B). uniform: a random number in [0, 1) for each.
+
+        ArithmeticError on logits that are no numbers.
+        """
+        if not bool(torch.isfinite(logits_BV.amax(-1)).all()):
+            raise ArithmeticError("the model's scores are not finite: its weights are damaged, or overflow")
         kept = temper(logits_BV.float(), self.temperature * self.deeper**depth)
         return draw(top_p(top_k(min_p(kept, self.min_p), self.top_k), self.top_p), uniform_B)
 
@@ -141,7 +152,7 @@ class Row:
         self.contexts = drawing.contexts if guided else ()  # of the twins
         self.branches = [Branch() for _ in range(1 + len(self.contexts))]
         self.branches[0].begin(drawing.prompt)
-        self.random = torch.Generator().manual_seed(drawing.seed)
+        self.random = torch.Generator().manual_seed(drawing.seed % 2**63)
         self.uniforms: list[float] = []
         self.segments: list[Segment] = []
         self.text: list[int] = []  # of the piece that is being written
@@ -156,6 +167,11 @@ class Row:
         if not self.uniforms:
             self.uniforms = torch.rand(UNIFORMS, generator=self.random, dtype=torch.float64).tolist()
         return self.uniforms.pop()
+
+    @property
+    def unread(self) -> bool:
+        """Nothing of it has been read yet."""
+        return self.branches[0].length == 0
 
     def close_text(self) -> None:
         if self.text:
@@ -196,6 +212,7 @@ class Decoder:
 
     # --- rows --------------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def add(self, drawing: Drawing) -> Row:
         """ValueError on a prompt that breaks the grammar, or has opened a picture where none is wanted, and where the
         model has too few positions for the prompt and the pictures that are owed. Text ends where they are used up.
@@ -216,17 +233,18 @@ class Decoder:
                 f"the prompt has {len(drawing.prompt)} positions and its pictures need {owed}: the language model has "
                 f"{self.positions} in all. Shorten the prompt, or ask for fewer pictures"
             )
-        self.rows.append(row)
-        self.branches += row.branches
         if opened:
             self._open(row)
         if row.state >= 0:
             self._begin_picture(row)
         self._settle(row)
-        longest = len(drawing.prompt) + drawing.text + drawing.images * self.picture_positions + 1
-        self.cache.reserve(len(self.branches), min(longest, self.positions))
+        self.rows.append(row)
+        self.branches += row.branches
+        likely = min(drawing.text, LIKELY_TEXT) + min(drawing.images, 2) * self.picture_positions
+        self.cache.reserve(len(self.branches), min(len(drawing.prompt) + likely + 1, self.positions))
         return row
 
+    @torch.inference_mode()
     def remove(self, row: Row) -> None:
         """Stop a row. The last branches take the places of its own in the cache."""
         self.rows.remove(row)
@@ -267,7 +285,9 @@ class Decoder:
 
     def _part(self) -> slice:
         """The branches to read: all; or the last ones, if these are new and no other is."""
-        new = [branch.prompt is not None and branch.length == 0 for branch in self.branches]
+        # a twin begins anew with each picture; its row's first branch then has something to read too
+        fresh = {id(b) for row in self.rows if row.unread for b in row.branches}
+        new = [id(branch) in fresh for branch in self.branches]
         first = len(new)
         while first and new[first - 1]:
             first -= 1

@@ -72,8 +72,9 @@ def temper(logits_BV: Tensor, temperature: float) -> Tensor:
     if temperature == 0:
         best = logits_BV.argmax(-1, keepdim=True)
         return torch.full_like(logits_BV, -torch.inf).scatter(-1, best, 0.0)
-    # the largest becomes 0 first, so that a tiny temperature cannot overflow
-    return (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature
+    # the largest becomes 0 first, and stays 0 however small the temperature is
+    lowered_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)).double()
+    return (lowered_BV / max(temperature, 1e-30)).to(logits_BV.dtype)
 
 
 def top_k(logits_BV: Tensor, k: int) -> Tensor:
@@ -90,6 +91,7 @@ def top_p(logits_BV: Tensor, p: float) -> Tensor:
         return logits_BV
     ordered, index = logits_BV.sort(dim=-1, descending=True)
     before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+    before[..., 0] = -1.0  # the likeliest one is always kept
     keep = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index, before < p)
     return logits_BV.masked_fill(~keep, -torch.inf)
 

@@ -2,7 +2,7 @@
 
 A step of decoding multiplies a few rows by every weight, so it takes as long as reading the weights does. torch reads
 its own layout at a third to two thirds of the memory's speed there, and one that is made once at full speed
-(`benchmarks/generate.py`). bf16 gives the same bits, fp32 the same up to rounding. It costs the memory of a second copy.
+(`benchmarks/generate.py`). bf16 gives the same bits, fp32 the same up to rounding. It costs a second copy in memory.
 
 Legend: N outputs, C inputs.
 """

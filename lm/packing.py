@@ -124,9 +124,8 @@ def pack(documents: list[Laid], form: SequenceFormat, row_length: int) -> Batch:
         spread(next_SW, NONE),
         spread(torch.from_numpy(plan.number_N)[owner_S], NONE),
         spread(place_S % plan.shape[1] - start_S, 0),
-        spread(
-            torch.where(seen_S, picture_S + start_S, NONE), NONE
-        ),  # a document is longer than its pictures many
+        # its document's place in the row makes a picture's number unique there: places grow faster than numbers
+        spread(torch.where(seen_S, picture_S + start_S, NONE), NONE),
         len(documents),
     )
 

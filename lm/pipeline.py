@@ -9,30 +9,41 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from PIL import Image as PILImage
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from torch.nn.functional import avg_pool2d
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lm.bundle import about, check_names, read_about, read_parts
+from lm.bundle import about, check_codes, check_names, read_about, read_parts
 from lm.decoding import Drawing, Sampling, Watch, draw_all, draw_images, draw_text, likelihoods, unwatched
 from lm.heads import Head
 from lm.model import MultimodalLM
 from lm.rows import code_vectors
 from lm.sequence import NONE, Grid, Image, Layout, PictureAttention, Segment, SequenceFormat, Text
-from lm.source import Extended, Pictures
+from lm.source import Extended, Pictures, open_model
 from lm.vocab import ids_to_text, text_to_ids
-from vq.images import contact_sheet, nearest_shape, to_image, to_pixels, to_rgb
+from vq.images import (
+    MAX_PIXELS,
+    Reject,
+    contact_sheet,
+    nearest_shape,
+    open_image,
+    to_image,
+    to_pixels,
+    to_rgb,
+)
 from vq.store import CodeStore
 from vq.tokenizer import ImageTokenizer
-from vqlm.checkpoint import load_tensors
 from vqlm.errors import ConfigError
 from vqlm.files import new_folder, write_json
 from vqlm.hardware import Device, detect
+
+MASK_DETAIL = 8  # pixels of a mask that a cell's side is judged by
 
 
 class Rater(Protocol):
@@ -66,8 +77,14 @@ class Pipeline:
         return cls(MultimodalLM(extended.lm, head, form), extended.tokenizer, images, sampling)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: Device = "auto") -> Pipeline:
-        """Load a bundle. ConfigError says which part is missing, damaged or of another model."""
+    def from_pretrained(
+        cls, folder: str | Path, device: Device = "auto", precision: Literal["fp32", "bf16"] = "fp32"
+    ) -> Pipeline:
+        """Load a bundle. ConfigError says which part is missing, damaged or of another model.
+
+        precision: of the language model's weights; bf16 takes half the memory and, where memory is the limit, half the
+        time, and draws other pictures for the same seed. The image tokenizer stays fp32.
+        """
         folder = Path(folder)
         description = read_about(folder)
         images = ImageTokenizer.from_pretrained(folder / "vq")
@@ -77,17 +94,17 @@ class Pipeline:
                 f"its vq/ holds tokenizer {images.fingerprint}; codes of one mean nothing to the other"
             )
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            language_model = AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True, dtype=torch.float32
-            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            language_model = open_model(folder, local=True)
         except Exception as error:  # transformers, tokenizers and safetensors each raise their own
             raise ConfigError(f"cannot load the language model in {folder}: {error}") from error
-        form, head, sampling = read_parts(description, folder)
-        if head.state_dict():
-            load_tensors(head, folder / "head.safetensors")
-        check_names(tokenizer, form.vocabulary)
-        pipeline = cls(MultimodalLM(language_model, head, form), tokenizer, images, sampling)
+        form, head, sampling = read_parts(description, folder, language_model.config)
+        check_names(tokenizer, form)
+        check_codes(form, images)
+        model = MultimodalLM(language_model, head, form)
+        if precision == "bf16":
+            model.to(torch.bfloat16)
+        pipeline = cls(model, tokenizer, images, sampling)
         return pipeline.to(detect(device, "fp32").device)
 
     def to(self, device: torch.device) -> Pipeline:
@@ -136,10 +153,10 @@ class Pipeline:
         guidance: u + s·(c - u) on the logits, 1 = none. temperature: 0 = greedy. top_k: 0 = all. top_p: 1 = all.
         more: the other values of `lm.decoding.Sampling`, such as min_p, parallel or ramp. What is not given is as in
         `self.sampling`, the values that the model was measured with: what suits one model ruins another.
-        size: height and width in pixels, one of `sizes`; None: the first of them. best_of: draw so many for each
-        picture and keep the one that `rank` finds best. watch: called after each pass with the rows under way
-        (`lm.decoding.Row`). A prompt's n-th picture for a seed is the same whatever is drawn beside it (on the same
-        machine, up to rounding). ValueError on values out of range.
+        size: height and width in pixels, one of `sizes`; None: the first of them, the most frequent one. best_of: draw
+        so many for each picture and keep the one that `rank` finds best. watch: called after each pass with the rows
+        under way (`lm.decoding.Row`). A prompt's n-th picture for a seed is the same whatever is drawn beside it (on
+        the same machine, up to rounding). ValueError on values out of range.
         """
         sampling = self.sampling_with(guidance, temperature, top_k, top_p, **more)
         pictures = self.draw_codes(
@@ -163,8 +180,8 @@ class Pipeline:
         sizes = self.sizes
         if size is None:
             return self.model.form.grids[0]
-        if tuple(size) not in sizes:
-            raise ValueError(f"size={tuple(size)}: this model draws pictures of {sizes} (height, width)")
+        if not isinstance(size, tuple | list) or tuple(size) not in sizes:
+            raise ValueError(f"size={size}: this model draws pictures of {sizes} (height, width)")
         return self.model.form.grids[sizes.index((size[0], size[1]))]
 
     def sampling_with(
@@ -217,19 +234,17 @@ class Pipeline:
         instruction: str,
         n: int = 1,
         guidance: float | None = None,
-        image_guidance: float = 1.0,
+        image_guidance: float | None = None,
         seed: int = 0,
         **more: Any,
     ) -> list[PILImage.Image]:
-        """n pictures that follow a picture and an instruction, for models trained on such documents.
+        """n pictures that follow a picture and an instruction, for models trained on such documents (mixture.edit).
 
         guidance: how much the instruction counts; image_guidance: how much the picture does (`lm.logits.guide_edit`).
         """
         sampling = self.sampling_with(guidance, image_guidance=image_guidance, **more)
-        given = self._segments([image, instruction])
-        picture = given[0]
-        assert isinstance(picture, Image)
-        start = self.model.form.image_prompt(given, picture.grid)
+        picture = replace(self._encode(image), given=True)
+        start = self.model.form.image_prompt([picture, *self._segments([instruction])], picture.grid)
         drawn = draw_images(self.model, [start] * _whole(n, "n"), sampling, seeds(seed, n), ((picture,), ()))
         return self.show(self.decode(drawn))
 
@@ -250,7 +265,7 @@ class Pipeline:
         """
         sampling = self.sampling_with(guidance, **more)
         old = self._encode(image)
-        redraw_hw = cells_to_redraw(redraw, old.grid)
+        redraw_hw = cells_to_redraw(redraw, old.grid, image.size)
         kept_hwQ = torch.where(redraw_hw[..., None], NONE, old.codes_hwQ)
         start = self.model.form.image_prompt(self._segments([prompt]), old.grid)
         drawings = [
@@ -276,9 +291,8 @@ class Pipeline:
         h, w = (side // self.images.downsample for side in grid)
         for number, each in enumerate(seeds(seed, _whole(n, "n"))):
             random = np.random.default_rng([each, number])
-            made += self.inpaint(
-                image, torch.from_numpy(random.random((h, w)) < share), prompt, 1, None, each, **more
-            )
+            redraw = torch.from_numpy(random.random((h, w)) < share)
+            made += self.inpaint(image, redraw, prompt, 1, seed=each, **more)
         return made
 
     def rank(self, prompt: str, images: list[PILImage.Image], scorer: Rater | None = None) -> list[float]:
@@ -303,6 +317,14 @@ class Pipeline:
         return [to_image(x_CHW) for x_CHW in x_NCHW]
 
     # --- reading and writing -----------------------------------------------------------------------------------------
+
+    @staticmethod
+    def read(data: bytes, max_pixels: int = MAX_PIXELS) -> PILImage.Image:
+        """The picture in the bytes of a file. ValueError on one that cannot be used, or has more pixels."""
+        try:
+            return open_image(data, max_pixels=max_pixels)
+        except Reject as error:
+            raise ValueError(str(error)) from error
 
     def encode_text(self, text: str) -> list[int]:
         """A user's text → ids; names of special tokens in it stay ordinary text."""
@@ -344,13 +366,14 @@ class Pipeline:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 0,
+        **more: Any,
     ) -> list[str | PILImage.Image]:
         """Go on from text and pictures in any order; text and pictures come back in the order they were drawn.
 
         limit: the most text ids; max_images: the most pictures; min_images: so many are drawn in any case, after the
         text if the model does not begin them before. limit=0 with both equal: pictures alone.
         """
-        sampling = self.sampling_with(guidance, temperature, top_k, top_p)
+        sampling = self.sampling_with(guidance, temperature, top_k, top_p, **more)
         if min(limit, max_images, min_images) < 0:
             raise ValueError(f"limit={limit}, max_images={max_images}, min_images={min_images}: not negative")
         max_images = max(max_images, min_images)
@@ -391,12 +414,14 @@ def _whole(value: int, name: str) -> int:
     return value
 
 
-def cells_to_redraw(redraw: Any, grid: Grid) -> Tensor:
-    """(h,w) bool. redraw: numbers of that shape, or a picture whose white is to be drawn. ValueError on others."""
+def cells_to_redraw(redraw: Any, grid: Grid, size: tuple[int, int]) -> Tensor:
+    """(h,w) bool. redraw: numbers of that shape; or a picture, white where it is to be drawn, which is cut to the grid
+    as the picture of this size (width, height) is. ValueError on another shape.
+    """
     if isinstance(redraw, PILImage.Image):
-        height, width = grid
-        scaled = redraw.convert("L").resize((width, height), PILImage.Resampling.BOX)
-        return torch.from_numpy(np.array(scaled) > 127)
+        mask = redraw.convert("L").resize(size, PILImage.Resampling.BOX).convert("RGB")
+        x_CHW = to_pixels(mask, (grid[0] * MASK_DETAIL, grid[1] * MASK_DETAIL))
+        return avg_pool2d(x_CHW[:1], MASK_DETAIL)[0] > 0
     redraw_hw = torch.as_tensor(redraw).bool()
     if tuple(redraw_hw.shape) != grid:
         raise ValueError(f"redraw has the shape {tuple(redraw_hw.shape)}, the picture has {grid} cells")

@@ -40,7 +40,7 @@ class GrammarProcessor(LogitsProcessor):
     @classmethod
     def from_pretrained(cls, folder: str | Path, images: bool = True) -> GrammarProcessor:
         """Of a bundle. ConfigError where there is none, ValueError where it has no flat layout."""
-        return cls(read_format(read_about(Path(folder))), images)
+        return cls(read_format(read_about(Path(folder)), Path(folder)), images)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """ids (B,T) so far, scores (B,V) → scores, -inf where an id may not follow. ValueError on an illegal prompt."""

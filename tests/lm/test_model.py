@@ -266,6 +266,11 @@ def test_greedy_text_is_the_plain_models_own_choice_among_legal_ids():
         ({"norm": -1.0}, "norm"),
         ({"ramp": 2.0}, "ramp"),
         ({"deeper": 0.0}, "deeper"),
+        ({"deeper": 1e9}, "deeper"),
+        ({"top_k": 2.5}, "top_k"),
+        ({"top_k": True}, "top_k"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"guidance": 1e39}, "guidance"),
     ],
 )
 def test_impossible_settings_are_refused(values, name):

@@ -15,6 +15,7 @@ from lm.decoding import Sampling
 from lm.grammar import Grammar
 from lm.objectives.next_token import measure
 from lm.packing import pack
+from lm.pipeline import cells_to_redraw
 from lm.processor import GrammarProcessor
 from lm.sequence import Text
 from vqlm.errors import ConfigError
@@ -213,6 +214,29 @@ def test_a_bundle_with_a_part_missing_says_so(bundle, missing):
         ({"grids": []}, "damaged.*at least one"),
         ({"grids": [[2, 2], [1, 4]]}, "damaged.*2 grids"),
         ({"picture_attention": "both"}, "damaged.*bidirectional"),
+        ({"grids": [[10**9, 10**9]]}, "damaged.*whole numbers"),
+        ({"grids": [[2000, 2000]]}, "damaged.*at most"),
+        ({"grids": [[200, 200]]}, "damaged.*positions"),
+        ({"grids": [[True, 2]]}, "damaged.*whole numbers"),
+        (
+            {"head": {"type": "LayeredHead", "width": 2, "hidden_size": 32, "trunk_layers": 10**9}},
+            "damaged.*65536",
+        ),
+        (
+            {"head": {"type": "LayeredHead", "width": 2, "hidden_size": 60000, "trunk_layers": 5}},
+            "does not fit",
+        ),
+        (
+            {"head": {"type": "DepthTransformerHead", "width": 2, "hidden_size": 32, "layers": 9999}},
+            "at most 256",
+        ),
+        (
+            {"head": {"type": "LinearHead", "width": {"type": "ConvEncoder"}, "hidden_size": 32}},
+            "damaged.*width",
+        ),
+        ({"head": {"type": "LinearHead", "width": 2, "hidden_size": 32}}, "head.safetensors is there"),
+        ({"sampling": {"top_k": 2.5}}, "damaged.*top_k"),
+        ({"format": True}, "format"),
     ],
 )
 def test_a_changed_description_is_refused(bundle, change, message):
@@ -220,6 +244,69 @@ def test_a_changed_description_is_refused(bundle, change, message):
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(ConfigError, match=message):
         Pipeline.from_pretrained(bundle)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_start": 285, "image_end": 284},
+        {"bos": 5},
+        {"bos": 1.5},
+        {"row_end": True},
+        {"codebook_size": 8, "depth": 4},
+        {"eos": 283, "pad": 282},
+    ],
+)
+def test_ids_that_are_not_those_of_the_tokenizers_are_refused(bundle, change):
+    path = bundle / "multimodal.json"
+    told = json.loads(path.read_text())
+    told["vocabulary"] |= change
+    path.write_text(json.dumps(told))
+    with pytest.raises(ConfigError):
+        Pipeline.from_pretrained(bundle)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"format": 1e999}', "null", "\x00"])
+def test_a_description_that_is_no_description_is_refused(bundle, text):
+    (bundle / "multimodal.json").write_text(text)
+    for load in (Pipeline.from_pretrained, GrammarProcessor.from_pretrained):
+        with pytest.raises(ConfigError):
+            load(bundle)
+
+
+def test_weights_that_are_not_there_are_missed(bundle):
+    """transformers would draw a sixth layer at random."""
+    path = bundle / "config.json"
+    told = json.loads(path.read_text())
+    told |= {"num_hidden_layers": 6, "layer_types": [*told["layer_types"], told["layer_types"][0]]}
+    path.write_text(json.dumps(told))
+    with pytest.raises(ConfigError, match="do not hold the weights"):
+        Pipeline.from_pretrained(bundle)
+
+
+def test_code_beside_a_model_is_not_run(bundle, monkeypatch, tmp_path):
+    (bundle / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    for name in ("config.json", "tokenizer_config.json"):
+        told = json.loads((bundle / name).read_text())
+        told["auto_map"] = {
+            "AutoConfig": "evil.Evil",
+            "AutoModelForCausalLM": "evil.Evil",
+            "AutoTokenizer": ["evil.Evil", None],
+        }
+        told["model_type"] = "evil"
+        (bundle / name).write_text(json.dumps(told))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ConfigError):
+        Pipeline.from_pretrained(bundle)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_mask_is_cut_as_its_picture_is(tmp_path):
+    """A wide picture loses its sides; so does the mask."""
+    mask = Image.new("L", (300, 100), 0)
+    mask.paste(255, (100, 0, 150, 100))  # the left half of what is left of a square cut
+    assert cells_to_redraw(mask, (2, 2), (300, 100)).tolist() == [[True, False]] * 2
+    assert cells_to_redraw(mask.resize((30, 10)), (2, 2), (300, 100)).tolist() == [[True, False]] * 2
 
 
 def test_a_mistyped_folder_suggests_its_neighbour(bundle):
@@ -249,7 +336,7 @@ def test_inpainting_keeps_the_other_cells(bundle):
     assert same([nothing], pipe.show(pipe.images.decode(codes[None])))
     with pytest.raises(ValueError, match=r"\(1, 2\).*\(2, 2\)"):
         pipe.inpaint(picture, [[True, False]])
-    assert len(pipe.vary(picture, 0.5, n=2)) == 2
+    assert len(pipe.vary(picture, 0.5, n=2, guidance=2.0)) == 2
     with pytest.raises(ValueError, match="share"):
         pipe.vary(picture, 1.5)
 
@@ -264,6 +351,10 @@ def test_an_edit_reads_picture_and_instruction(bundle):
     }
     assert len(set(made.values())) == 3
     assert len(pipe.edit(red, "a", n=2)) == 2
+    with pytest.raises(ValueError, match="open_image"):
+        pipe.edit("star.png", "a")
+    with pytest.raises(ValueError, match="size=64"):
+        pipe.generate("a", size=64)
 
 
 def test_ranking_is_the_models_own_likelihood(bundle):
@@ -291,3 +382,13 @@ def test_unknown_settings_are_named(bundle):
     seen = []
     pipe.generate("a", n=2, watch=lambda rows: seen.append([len(row.cells) for row in rows]))
     assert seen[0] == [1, 1] and len(seen) == 4
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_bf16_weights_draw_and_are_not_saved_over(head, tmp_path):
+    model, tokenizer = make_model(head)
+    Pipeline(model, tokenizer, make_tokenizer()).save_pretrained(tmp_path / "model")
+    pipe = Pipeline.from_pretrained(tmp_path / "model", precision="bf16")
+    assert {p.dtype for p in pipe.model.parameters()} == {torch.bfloat16}
+    pictures = pipe.generate("a red circle", n=2, guidance=2.0)
+    assert len(pictures) == 2 and isinstance(pipe.caption(pictures[0], limit=3), str)

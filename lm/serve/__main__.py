@@ -1,0 +1,5 @@
+"""`python -m lm.serve` is `lm-serve`."""
+
+from lm.serve import main
+
+main()
