@@ -266,7 +266,7 @@ def without_quantization(config: Any) -> Any:
 
 def gguf_tokenizer(file: Path) -> PreTrainedTokenizerFast:
     """The text tokenizer of a GGUF file. Some fields say only in a word how text is cut; that part is made here."""
-    from gguf import GGUFReader
+    from gguf import GGUFReader  # pyright: ignore[reportMissingImports]  an extra
     from tokenizers import pre_tokenizers
 
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
