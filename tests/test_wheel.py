@@ -70,14 +70,14 @@ def test_nothing_but_the_packages_is_in_it(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops - set(PACKAGES) == {f"{wheel.name.split('-')[0]}-{wheel.name.split('-')[1]}.dist-info"}
-    assert {Path(name).suffix for name in names if name.split("/")[0] in PACKAGES} <= {".py", ".yaml"}
+    assert {Path(name).suffix for name in names if name.split("/")[0] in PACKAGES} <= {".py", ".yaml", ".html"}
 
 
 def test_every_module_and_configuration_is_in_it(wheel):
     """All files, by name: a new folder that the build forgets is seen here."""
     names = set(zipfile.ZipFile(wheel).namelist())
     for package in PACKAGES:
-        ours = [*(ROOT / package).rglob("*.py"), *(ROOT / package).rglob("*.yaml")]
+        ours = [each for kind in ("py", "yaml", "html") for each in (ROOT / package).rglob(f"*.{kind}")]
         assert ours and {str(each.relative_to(ROOT)) for each in ours} <= names
 
 
