@@ -70,7 +70,11 @@ def test_nothing_but_the_packages_is_in_it(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops - set(PACKAGES) == {f"{wheel.name.split('-')[0]}-{wheel.name.split('-')[1]}.dist-info"}
-    assert {Path(name).suffix for name in names if name.split("/")[0] in PACKAGES} <= {".py", ".yaml", ".html"}
+    assert {Path(name).suffix for name in names if name.split("/")[0] in PACKAGES} <= {
+        ".py",
+        ".yaml",
+        ".html",
+    }
 
 
 def test_every_module_and_configuration_is_in_it(wheel):
