@@ -117,7 +117,7 @@ def drawing_seconds(names: list[str], asked: argparse.Namespace) -> dict[str, di
         for name, pipeline in pipelines.items():
             for n in TOGETHER:
                 start = time.perf_counter()
-                pipeline.draw("a red circle", n, pipeline.sampling, turn)
+                pipeline.decode(pipeline.draw_codes("a red circle", n, pipeline.sampling, turn))
                 if turn:  # the first one warms up
                     taken[name][n].append((time.perf_counter() - start) / n)
     return {name: {str(n): median(each) for n, each in found.items()} for name, found in taken.items()}

@@ -16,7 +16,7 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,6 @@ from vqlm.errors import ConfigError, nearest
 SHORTEST_ROW = 64  # positions: several short documents share a row
 LONGEST_CAPTION = 256  # ids
 LONGEST_ID = 32  # characters: what is read of a long caption for each id that it may have
-MARKS = 2  # <image_start> and <image_end>
 ENDS = 2  # <bos> and <eos>
 
 Encode = Callable[[str], list[int]]
@@ -397,7 +396,7 @@ class Document:
     def length(self, form: SequenceFormat) -> int:
         """Positions, without laying it."""
         parts = (
-            len(each.ids) if isinstance(each, Text) else picture_length(form, each.grid)
+            len(each.ids) if isinstance(each, Text) else form.marked_length(each.grid)
             for each in self.segments
         )
         return 1 + sum(parts) + self.end
@@ -572,7 +571,7 @@ class DocumentBatches(Dataset):
     def _longest(self, task: str) -> int:
         """Positions of the longest document of a task."""
         caption = max(len(c) for c in self.pairs.captions)
-        picture = self.form.longest_picture + MARKS
+        picture = self.form.longest_marked
         if task == "written":
             return max(self._written(i).length(self.form) for i in range(len(self.written)))
         count = self.mixture.pictures
@@ -592,13 +591,3 @@ def related(pairs: Pairs) -> dict[int, list[int]]:
             groups[concept].append(i)
     several = [group for group in groups.values() if len({pairs.captions[i] for i in group}) > 1]
     return dict(sorted((i, group) for group in several for i in group))
-
-
-def picture_length(form: SequenceFormat, grid: Grid) -> int:
-    """Positions of a picture with its two marks."""
-    return _picture_length(form, grid) + MARKS
-
-
-@lru_cache(maxsize=256)
-def _picture_length(form: SequenceFormat, grid: Grid) -> int:
-    return form.picture_length(grid)

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from lm.architecture import decoder_layers
 from lm.cache import PADDING, RowCache
-from lm.grammar import DONE, SIZE, TEXT, Grammar
+from lm.grammar import DONE, SIZE, TEXT, Grammar, grammar_of
 from lm.logits import draw, guide, guide_edit, guide_projected, min_p, temper, top_k, top_p
 from lm.model import MultimodalLM
 from lm.packed import weights_of
-from lm.sequence import NONE, Grid, Image, Laid, Segment, Text
+from lm.packing import pack
+from lm.sequence import NONE, Grid, Image, Laid, Segment, SequenceFormat, Text
 
 ROWS = 128  # branches decoded together
 UNIFORMS = 256  # random numbers that a row draws at a time
@@ -126,6 +127,17 @@ class Drawing:
     kept: Tensor | None = None
 
 
+def positions_needed(drawing: Drawing, form: SequenceFormat) -> int:
+    """Positions that a drawing takes at least: its prompt, and the pictures that it has opened or owes."""
+    opened = int(drawing.prompt.ids_TW[-1, 0]) in (form.vocabulary.image_start, *form.vocabulary.sizes)
+    return len(drawing.prompt) + max(drawing.least_images, int(opened)) * form.longest_marked
+
+
+def positions_of(model: MultimodalLM) -> int:
+    """How many positions the language model has; without end where its configuration does not say."""
+    return getattr(model.lm.config, "max_position_embeddings", None) or sys.maxsize
+
+
 class Branch:
     """One row of the cache: what it has read, and what it is to read next."""
 
@@ -196,7 +208,7 @@ class Decoder:
     def __init__(self, model: MultimodalLM):
         self.model, self.form = model, model.form
         self.device = next(model.parameters()).device
-        self.grammar = Grammar(self.form)
+        self.grammar = grammar_of(self.form)
         self.rows: list[Row] = []
         self.branches: list[Branch] = []  # in the order of the cache's rows
         self.cache = RowCache(len(decoder_layers(model.lm.base_model)))
@@ -205,8 +217,7 @@ class Decoder:
             self.grammar.text_mask(self.device),
             self.grammar.size_mask(self.device),
         )
-        self.picture_positions = self.form.longest_picture + 2  # with its two marks
-        self.positions: int = getattr(model.lm.config, "max_position_embeddings", None) or sys.maxsize
+        self.positions = positions_of(model)
         self.plans = [tuple(plan_W) for plan_W in self.grammar.depth_SW.tolist()]
         self.forced = self.grammar.forced_S.tolist()
 
@@ -227,10 +238,10 @@ class Decoder:
             raise ValueError(
                 "a prompt must stop in text, or where a wanted image begins: not after <eos>, not inside"
             )
-        owed = max(drawing.least_images, int(opened)) * self.picture_positions
-        if len(drawing.prompt) + owed > self.positions:
+        needed, prompt = positions_needed(drawing, self.form), len(drawing.prompt)
+        if needed > self.positions:
             raise ValueError(
-                f"the prompt has {len(drawing.prompt)} positions and its pictures need {owed}: the language model has "
+                f"the prompt has {prompt} positions and its pictures need {needed - prompt}: the language model has "
                 f"{self.positions} in all. Shorten the prompt, or ask for fewer pictures"
             )
         if opened:
@@ -240,7 +251,7 @@ class Decoder:
         self._settle(row)
         self.rows.append(row)
         self.branches += row.branches
-        likely = min(drawing.text, LIKELY_TEXT) + min(drawing.images, 2) * self.picture_positions
+        likely = min(drawing.text, LIKELY_TEXT) + min(drawing.images, 2) * self.form.longest_marked
         self.cache.reserve(len(self.branches), min(len(drawing.prompt) + likely + 1, self.positions))
         return row
 
@@ -397,7 +408,7 @@ class Decoder:
         if row.state == SIZE:
             return self.size_mask
         vocabulary, mask_V = self.form.vocabulary, self.text_mask.clone()
-        fits = row.images_due > 0 or self._room(row) >= self.picture_positions
+        fits = row.images_due > 0 or self._room(row) >= self.form.longest_marked
         mask_V[vocabulary.image_start] = row.images_left > 0 and fits
         mask_V[vocabulary.eos] = row.images_due <= 0
         return mask_V
@@ -405,7 +416,7 @@ class Decoder:
     def _room(self, row: Row) -> int:
         """Positions that the model has left for a row, after the pictures that are owed."""
         first = row.branches[0]
-        owed = max(row.images_due, 0) * self.picture_positions
+        owed = max(row.images_due, 0) * self.form.longest_marked
         return self.positions - first.length - first.waiting - owed
 
     # --- what was drawn ----------------------------------------------------------------------------------------------
@@ -529,19 +540,12 @@ def likelihoods(model: MultimodalLM, pictures: list[Image], text: Text) -> list[
     """log p(text, <eos> | picture) for each picture (nats), over the ids that may stand in text."""
     form, device = model.form, next(model.parameters()).device
     legal_V = Grammar(form, images=False).text_mask(device)
-    found = []
+    found, n = [], len(text.ids) + 1
     for picture in pictures:
         laid = form.lay([replace(picture, given=True), text])
-        ids_1TW, T = laid.ids_TW[None].to(device), len(laid)
-        visible_TT = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-        if form.picture_attention == "bidirectional":
-            picture_T = torch.where(laid.given_T, laid.picture_T, NONE).to(device)
-            visible_TT |= (picture_T[:, None] == picture_T) & (picture_T != NONE)
-        nothing_1TW = torch.full_like(ids_1TW, NONE)
-        hidden_1TC = model.teach(
-            ids_1TW, nothing_1TW, visible_TT[None, None], torch.arange(T, device=device)[None]
-        ).hidden_BTC
-        n = len(text.ids) + 1
-        logits_NV = model.text_logits(hidden_1TC[0, -n - 1 : -1]).float().masked_fill(~legal_V, -torch.inf)
-        found.append(float(logits_NV.log_softmax(-1).gather(1, ids_1TW[0, -n:, :1]).sum()))
+        batch = pack([laid], form, len(laid)).to(device)
+        made = model.teach(batch.ids_BTW, batch.next_BTW, batch.mask, batch.positions_BT)
+        logits_NV = model.text_logits(made.hidden_BTC[0, -n - 1 : -1]).float()
+        likely_NV = logits_NV.masked_fill(~legal_V, -torch.inf).log_softmax(-1)
+        found.append(float(likely_NV.gather(1, batch.ids_BTW[0, -n:, :1]).sum()))
     return found

@@ -10,12 +10,20 @@ Legend: B rows, T positions, W columns, S positions of all plans, Q depth, V tex
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from lm.sequence import NONE, SequenceFormat
 
 TEXT, DONE, SIZE = -1, -2, -3
+
+
+@lru_cache(maxsize=8)  # every batch and every row that is drawn asks for it
+def grammar_of(form: SequenceFormat) -> Grammar:
+    """The rules of a format, made once and shared."""
+    return Grammar(form)
 
 
 class Grammar:

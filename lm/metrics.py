@@ -97,7 +97,9 @@ def drawing(
             continue
         places = {pair: first.get(grid, 0) + number for number, pair in enumerate(own)}
         size = (grid[0] * pipeline.images.downsample, grid[1] * pipeline.images.downsample)
-        x_MCHW = pipeline.draw([pairs.texts[i] for i in here], 1, pipeline.sampling, seed, size)
+        x_MCHW = pipeline.decode(
+            pipeline.draw_codes([pairs.texts[i] for i in here], 1, pipeline.sampling, seed, size)
+        )
         drawn |= dict(zip(here, x_MCHW, strict=True))
         targets, whole = [places[i] for i in here], gallery.pixels[grid]
         rank += ranks(x_MCHW, whole, targets).tolist()

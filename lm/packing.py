@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lm.grammar import Grammar
+from lm.grammar import grammar_of
 from lm.sequence import NONE, Laid, SequenceFormat
 
 
@@ -105,7 +105,7 @@ def pack(documents: list[Laid], form: SequenceFormat, row_length: int) -> Batch:
     given_S = torch.cat([each.given_T for each in documents])
     picture_S = torch.cat([each.picture_T for each in documents])
 
-    unlearnt_SW = (_grammar(form).label_depths(ids_SW) == NONE) | given_S[:, None]
+    unlearnt_SW = (grammar_of(form).label_depths(ids_SW) == NONE) | given_S[:, None]
     next_SW = ids_SW.masked_fill(unlearnt_SW, NONE).roll(-1, 0)
     next_SW[lengths_N.cumsum(0) - 1] = NONE
     start_S = torch.from_numpy(plan.start_N)[owner_S]
@@ -128,11 +128,6 @@ def pack(documents: list[Laid], form: SequenceFormat, row_length: int) -> Batch:
         spread(torch.where(seen_S, picture_S + start_S, NONE), NONE),
         len(documents),
     )
-
-
-@lru_cache(maxsize=8)
-def _grammar(form: SequenceFormat) -> Grammar:
-    return Grammar(form)
 
 
 def disturb(ids_SW: Tensor, form: SequenceFormat, chosen_S: Tensor, drawn_SW: Tensor) -> Tensor:

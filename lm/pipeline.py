@@ -199,17 +199,6 @@ class Pipeline:
             raise ValueError(f"unknown {', '.join(unknown)}; sampling has {', '.join(sorted(known))}")
         return replace(self.sampling, **{name: value for name, value in given.items() if value is not None})
 
-    def draw(
-        self,
-        prompt: str | list[str],
-        n: int,
-        sampling: Sampling,
-        seed: int,
-        size: tuple[int, int] | None = None,
-    ) -> Tensor:
-        """As `generate`, as pixels (N,3,H,W) in [-1,1]."""
-        return self.decode(self.draw_codes(prompt, n, sampling, seed, size))
-
     def draw_codes(
         self,
         prompt: str | list[str],
@@ -243,7 +232,7 @@ class Pipeline:
         guidance: how much the instruction counts; image_guidance: how much the picture does (`lm.logits.guide_edit`).
         """
         sampling = self.sampling_with(guidance, image_guidance=image_guidance, **more)
-        picture = replace(self._encode(image), given=True)
+        picture = replace(self.encode_image(image), given=True)
         start = self.model.form.image_prompt([picture, *self._segments([instruction])], picture.grid)
         drawn = draw_images(self.model, [start] * _whole(n, "n"), sampling, seeds(seed, n), ((picture,), ()))
         return self.show(self.decode(drawn))
@@ -264,7 +253,7 @@ class Pipeline:
         Cells are drawn in their order: a new one sees the kept ones before it, not those behind it.
         """
         sampling = self.sampling_with(guidance, **more)
-        old = self._encode(image)
+        old = self.encode_image(image)
         redraw_hw = cells_to_redraw(redraw, old.grid, image.size)
         kept_hwQ = torch.where(redraw_hw[..., None], NONE, old.codes_hwQ)
         start = self.model.form.image_prompt(self._segments([prompt]), old.grid)
@@ -299,7 +288,7 @@ class Pipeline:
         """How well each picture fits a prompt, larger is better: log p(prompt | picture) of this model (nats), or what
         a scorer of the same image tokenizer says (`vq.scorer.Scorer`; DALL·E and Parti re-rank with such a model).
         """
-        return self._fit(prompt, [self._encode(image) for image in images], scorer)
+        return self._fit(prompt, [self.encode_image(image) for image in images], scorer)
 
     def _fit(self, prompt: str, pictures: list[Image], scorer: Rater | None) -> list[float]:
         if scorer is None:
@@ -343,7 +332,9 @@ class Pipeline:
         self, pictures: list[PILImage.Image], limit: int = 64, temperature: float = 0.0, seed: int = 0
     ) -> list[str]:
         """Words for each picture."""
-        return self.describe_images([self._encode(picture) for picture in pictures], limit, temperature, seed)
+        return self.describe_images(
+            [self.encode_image(picture) for picture in pictures], limit, temperature, seed
+        )
 
     def describe_images(
         self, pictures: list[Image], limit: int = 64, temperature: float = 0.0, seed: int = 0
@@ -380,7 +371,7 @@ class Pipeline:
         start = self.model.form.lay(self._segments(prompt), end=False)
         drawing = Drawing(start, sampling, seeds(seed, 1)[0], limit, max_images, min_images, contexts=((),))
         (made,) = draw_all(self.model, [drawing])
-        return [self._show(segment) for segment in made]
+        return [self.show_segment(segment) for segment in made]
 
     def _segments(self, prompt: list[str | PILImage.Image]) -> list[Segment]:
         segments: list[Segment] = []
@@ -388,12 +379,13 @@ class Pipeline:
             if isinstance(part, str):
                 segments += [Text(tuple(self.encode_text(part)), given=True)] if part.strip() else []
             elif isinstance(part, PILImage.Image):
-                segments.append(replace(self._encode(part), given=True))
+                segments.append(replace(self.encode_image(part), given=True))
             else:
                 raise ValueError(f"a prompt holds {type(part).__name__}; allowed: str and PIL images")
         return segments
 
-    def _encode(self, picture: PILImage.Image) -> Image:
+    def encode_image(self, picture: PILImage.Image) -> Image:
+        """A picture → its codes, in the nearest shape that the model knows. ValueError on anything else."""
         if not isinstance(picture, PILImage.Image):
             raise ValueError(
                 f"a picture is expected, found {type(picture).__name__}; vq.images.open_image reads files"
@@ -401,7 +393,8 @@ class Pipeline:
         x_CHW = to_pixels(to_rgb(picture), nearest_shape(self.sizes, *picture.size))
         return Image(self.images.encode(x_CHW[None].to(self.device))[0].cpu())
 
-    def _show(self, segment: Segment) -> str | PILImage.Image:
+    def show_segment(self, segment: Segment) -> str | PILImage.Image:
+        """Words, or a picture."""
         if isinstance(segment, Text):
             return ids_to_text(self.tokenizer, list(segment.ids))
         return to_image(self.decode([segment])[0])

@@ -13,7 +13,7 @@ Legend: T positions, W columns, h w grid of cells, N cells, Q depth, L positions
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal, Protocol
 
 import torch
@@ -192,21 +192,26 @@ class SequenceFormat:
         """Positions of a picture between its two marks: size, cells, ends of rows."""
         return len(self.plan(grid)) + bool(self.vocabulary.sizes)
 
+    def marked_length(self, grid: Grid) -> int:
+        """Positions of a picture with its two marks."""
+        return self.picture_length(grid) + 2
+
     @cached_property
     def longest_picture(self) -> int:
         """Positions of the largest picture between its two marks."""
         return max(self.picture_length(grid) for grid in self.grids)
 
+    @property
+    def longest_marked(self) -> int:
+        """Positions of the largest picture with its two marks."""
+        return self.longest_picture + 2
+
     def plan(self, grid: Grid) -> Tensor:
-        """(L,W): the depth whose id stands in each column of a picture's cells; Q for <row_end>; NONE if empty."""
-        height, width = grid
-        Q = self.vocabulary.depth
-        if self.vocabulary.row_end is None:
-            return self.layout.place(torch.arange(Q).expand(height * width, Q))
-        row_LW = self.layout.place(torch.arange(Q).expand(width, Q))
-        end_1W = torch.full((1, self.width), NONE)
-        end_1W[0, 0] = Q
-        return torch.cat([row_LW, end_1W]).repeat(height, 1)
+        """(L,W): the depth whose id stands in each column of a picture's cells; Q for <row_end>; NONE if empty.
+
+        Made once and shared: not to be changed.
+        """
+        return _plan(self, grid)
 
     # --- segments → sequence -----------------------------------------------------------------------------------------
 
@@ -363,3 +368,15 @@ class SequenceFormat:
     def _check_text_row(self, row_W: Tensor, position: int) -> None:
         if not 0 <= int(row_W[0]) < self.vocabulary.image_offset or bool((row_W[1:] != NONE).any()):
             raise ValueError(f"position {position} holds {row_W.tolist()}: not one text id")
+
+
+@lru_cache(maxsize=256)  # it is asked for with every document, and with every position that is drawn
+def _plan(form: SequenceFormat, grid: Grid) -> Tensor:
+    height, width = grid
+    Q = form.vocabulary.depth
+    if form.vocabulary.row_end is None:
+        return form.layout.place(torch.arange(Q).expand(height * width, Q))
+    row_LW = form.layout.place(torch.arange(Q).expand(width, Q))
+    end_1W = torch.full((1, form.width), NONE)
+    end_1W[0, 0] = Q
+    return torch.cat([row_LW, end_1W]).repeat(height, 1)

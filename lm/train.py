@@ -102,7 +102,8 @@ def train(
         given = (pairs, form, mixture, documents, row_length, seed, total, Encoded(corpus, encode), written)
         return DocumentBatches(*given, rank=rank(), ranks=rank_count())
 
-    check_context(extended.lm.config, form.longest_picture, batches(1).longest)
+    first = batches(1)  # an impossible mixture, or rows that are too short, end here
+    check_context(extended.lm.config, form.longest_picture, first.longest)
     tune.prepare(pipeline.model, extended.first_new_row)
     training = learner(model=pipeline.model)
     soft = getattr(training.objective, "soft", None)
@@ -115,7 +116,7 @@ def train(
         f"{hardware}: {pairs.report()}, {texts.report()}, "
         f"{len(written)} written documents\npictures of {pipeline.sizes} (height, width), {layout.name} layout, "
         f"{form.longest_picture} positions a picture, {type(made).__name__}, {documents} documents a batch in rows of "
-        f"{batches(1).row_length}",
+        f"{first.row_length}",
         flush=True,
     )
     retention.look_at(pipeline, texts.heldout(), out)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lm.grammar import Grammar
+from lm.grammar import grammar_of
 from lm.model import MultimodalLM, Rows
 from lm.objectives.next_token import at_least_single, columns
 from lm.objectives.scoring import LIMIT, ModalityLoss, Weights, nothing, score
@@ -42,7 +42,7 @@ class FullVocabulary:
         """Text and image losses of a batch, unweighted, of this process alone."""
         next_BTW, vocabulary = batch.next_BTW, model.form.vocabulary
         made = model.teach(batch.ids_BTW, next_BTW, batch.mask, batch.positions_BT)
-        depth_BTW = Grammar(model.form).label_depths(next_BTW)
+        depth_BTW = grammar_of(model.form).label_depths(next_BTW)
         rows = all_rows(model)
 
         def scored(feature_nC: Tensor, ids_n: Tensor) -> ModalityLoss:

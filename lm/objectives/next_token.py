@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lm.grammar import Grammar
+from lm.grammar import grammar_of
 from lm.heads import Predicted
 from lm.model import MultimodalLM
 from lm.objectives.scoring import LIMIT, ModalityLoss, Weights, nothing, score, to_bits
@@ -57,7 +57,7 @@ def legal_losses(
     limit: int = LIMIT,
 ) -> tuple[ModalityLoss, ModalityLoss]:
     """Text and image losses of what the model predicted. next_BTW: what truly follows."""
-    grammar, rows = Grammar(model.form), model.output_rows()
+    grammar, rows = grammar_of(model.form), model.output_rows()
     vocabulary = model.form.vocabulary
     depth_BTW = grammar.label_depths(next_BTW)
 

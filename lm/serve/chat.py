@@ -105,7 +105,7 @@ class Chat:
         return {**common, "object": "chat.completion", "choices": choices, "usage": self._usage(works)}
 
     async def _part(self, segment: Segment) -> dict[str, Any]:
-        shown = await self.desk.in_engine(lambda: self.desk.pipeline._show(segment))
+        shown = await self.desk.in_engine(lambda: self.desk.pipeline.show_segment(segment))
         if isinstance(shown, str):
             return {"type": "text", "text": shown}
         return {"type": "image_url", "image_url": {"url": await asyncio.to_thread(to_data_url, shown)}}

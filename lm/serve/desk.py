@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
-from lm.decoding import Drawing, Sampling
+from lm.decoding import Drawing, Sampling, positions_needed, positions_of
 from lm.pipeline import Pipeline
 from lm.sequence import Grid, Image, Text
 from lm.serve.engine import Engine, Work
@@ -61,10 +61,8 @@ class Desk:
 
     def check_length(self, drawing: Drawing) -> None:
         """Refuse what the model has too few positions for; text ends where they are used up."""
-        most = getattr(self.pipeline.model.lm.config, "max_position_embeddings", None)
-        owed = max(drawing.least_images, 0 if drawing.text else drawing.images)
-        length = len(drawing.prompt) + owed * (self.form.longest_picture + 2)
-        if most is not None and length > most:
+        most, length = positions_of(self.pipeline.model), positions_needed(drawing, self.form)
+        if length > most:
             raise Refused(
                 f"Prompt and pictures take {length} positions, this model has {most}.",
                 None,
@@ -91,7 +89,7 @@ class Desk:
         data = read_data_url(url, param)
         async with self.reading:
             picture = await asyncio.to_thread(self._open_picture, data, param)
-            return await self.in_engine(lambda: self.pipeline._encode(picture))
+            return await self.in_engine(lambda: self.pipeline.encode_image(picture))
 
     def _open_picture(self, data: bytes, param: str) -> Any:
         try:

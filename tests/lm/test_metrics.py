@@ -129,8 +129,11 @@ def test_pictures_are_drawn_and_looked_for_in_their_own_grid(monkeypatch):
         (1, 3): (3, 3, 8, 24),
     }
     torch.testing.assert_close(gallery.pixels[1, 3][2], pipe.decode([pairs.image(5)])[0])
-    own = {n: pipe.decode([pairs.image(i)])[0] for i, n in enumerate(names)}
-    monkeypatch.setattr(pipe, "draw", lambda texts, n, s, seed, size: torch.stack([own[t] for t in texts]))
+
+    def draw_codes(texts, n, sampling, seed, size):
+        return [pairs.image(names.index(text)) for text in texts]
+
+    monkeypatch.setattr(pipe, "draw_codes", draw_codes)
     found, drawn, chosen = drawing(pipe, gallery, second, {(2, 2): 1, (1, 3): 1}, 0, 4)
     assert (found["nearest"], found["captions"], found["chance"]) == (1.0, 4, 1.0)
     assert chosen == [0, 1, 2, 3]

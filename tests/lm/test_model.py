@@ -200,7 +200,7 @@ def test_a_row_is_drawn_the_same_whatever_is_drawn_beside_it(head):
         start = form.lay([Text(tuple(range(5, 6 + n))), *[image(form)] * (n % 2)], end=False)
         sampling = Sampling(guidance=1.0 if n % 3 else 2.5, temperature=0.7)
         contexts = ((Text((8, 9)),), ()) if n == 3 else ((),)
-        drawings.append(Drawing(start, sampling, n, 3 * (n % 3), 2, n % 3, contexts))
+        drawings.append(Drawing(start, sampling, n, 3 * ((n + 1) % 3), 2, (n + 1) % 3, contexts))
     alone = [draw_all(model, [drawing])[0] for drawing in drawings]
     assert draw_all(model, drawings) == alone
     assert len({str(segments) for segments in alone}) > 4

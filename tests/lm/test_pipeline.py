@@ -63,7 +63,7 @@ def test_a_model_of_several_sizes_draws_and_reads_each(tmp_path):
     with pytest.raises(ValueError, match=r"size=\(8, 8\)"):
         pipe.generate("a", size=(8, 8))
     wide, high = Image.new("RGB", (90, 30), "red"), Image.new("RGB", (10, 31), "red")
-    assert pipe._encode(wide).grid == (1, 3) and pipe._encode(high).grid == (3, 1)
+    assert pipe.encode_image(wide).grid == (1, 3) and pipe.encode_image(high).grid == (3, 1)
     assert isinstance(pipe.caption(wide, limit=3), str)
     made = pipe.complete([wide], limit=3, max_images=4, min_images=4, temperature=9.0, seed=1)
     assert sum(isinstance(part, Image.Image) for part in made) == 4
@@ -325,7 +325,7 @@ def test_a_picture_is_the_same_whatever_is_drawn_beside_it(bundle):
 def test_inpainting_keeps_the_other_cells(bundle):
     pipe = Pipeline.from_pretrained(bundle)
     picture = pipe.generate("a red circle", seed=1)[0]
-    codes = pipe._encode(picture).codes_hwQ
+    codes = pipe.encode_image(picture).codes_hwQ
     redraw = [[True, False], [False, True]]
     mask = Image.new("L", (16, 16), 0)
     mask.paste(255, (0, 0, 8, 8))
@@ -364,7 +364,7 @@ def test_ranking_is_the_models_own_likelihood(bundle):
     fit = pipe.rank("a red circle", pictures)
     form, text = pipe.model.form, Text(tuple(pipe.encode_text("a red circle")))
     for picture, told in zip(pictures, fit, strict=True):
-        given = replace(pipe._encode(picture), given=True)
+        given = replace(pipe.encode_image(picture), given=True)
         batch = pack([form.lay([given, text])], form, 64)
         with torch.inference_mode():
             assert float(measure(pipe.model, batch)[0].nll) == pytest.approx(-told, rel=1e-4)

@@ -231,7 +231,8 @@ def test_redrawn_cells_change_and_the_others_stay(running):
     status, shown, _ = running.post("/v1/images/encode", {"image": data_url()})
     codes, cells = shown["codes"], [[1, 2], [3, 3]]
     assert (
-        status == 200 and codes == running.pipe._encode(Image.new("RGB", (40, 30), "red")).codes_hwQ.tolist()
+        status == 200
+        and codes == running.pipe.encode_image(Image.new("RGB", (40, 30), "red")).codes_hwQ.tolist()
     )
     _, made, _ = running.post(
         "/v1/images/redraw", {"codes": codes, "cells": cells, "seed": 2, "n": 8, "temperature": 2.0}
