@@ -101,11 +101,27 @@ FLUENT_TONES = {
 }
 
 
+GROUPS = (
+    "smileys-emotion",
+    "people-body",
+    "animals-nature",
+    "food-drink",
+    "travel-places",
+    "activities",
+    "objects",
+    "symbols",
+    "flags",
+    "extras-openmoji",
+    "extras-unicode",
+)
+
+
 class Label(NamedTuple):
-    """What OpenMoji's table says of an emoji: Unicode's name, and words that go with it."""
+    """What OpenMoji's table says of an emoji: Unicode's name, words that go with it, and its group."""
 
     name: str
     tags: tuple[str, ...]
+    group: str
 
 
 class EmojiStyles:
@@ -117,6 +133,7 @@ class EmojiStyles:
     Args:
         styles: which of outlined, line (OpenMoji), flat, gradient, 3d (Fluent) and shaded (Noto). By default all but
             gradient, whose pictures can hardly be told from those in 3D.
+        groups: which of Unicode's groups of emoji (`GROUPS`); null: all.
         withheld: share of the emoji in several styles, in [0, 1), of which one style is held out while the others may
             be trained on: prompts that join a thing and a style known apart. By digest: another share moves none.
         tags: so many words that go with a name stand after it, "… of red apple (fruit, healthy)".
@@ -137,6 +154,7 @@ class EmojiStyles:
     def __init__(
         self,
         styles: Sequence[str] = ("outlined", "line", "flat", "3d", "shaded"),
+        groups: Sequence[str] | None = None,
         withheld: float = 0.05,
         tags: int = 0,
         skin_tones: bool = False,
@@ -147,6 +165,10 @@ class EmojiStyles:
         if unknown or not styles or len(set(styles)) < len(styles):
             hint = nearest(str(unknown[0]), STYLES) if unknown else ""
             raise ConfigError(f"styles={list(styles)}: different ones of {', '.join(STYLES)}{hint}")
+        strange = [each for each in groups or () if each not in GROUPS]
+        if strange or groups == []:
+            hint = nearest(str(strange[0]), GROUPS) if strange else ""
+            raise ConfigError(f"groups={groups}: null for all, or some of {', '.join(GROUPS)}{hint}")
         if not 0 <= withheld < 1 or tags < 0:
             raise ConfigError(f"withheld={withheld}: a share from 0 to below 1; tags={tags}: not negative")
         try:
@@ -154,6 +176,7 @@ class EmojiStyles:
         except ValueError as error:
             raise ConfigError(f"background={background!r} is no colour: give a name or '#rrggbb'") from error
         self.styles, self.withheld, self.tags = list(styles), withheld, tags
+        self.groups = None if groups is None else set(groups)
         self.skin_tones, self.background = skin_tones, background
         self.folder = Path(folder).expanduser() if folder else cache()
 
@@ -180,10 +203,11 @@ class EmojiStyles:
         if not folder.is_dir():
             raise ConfigError(f"{folder} is missing: remove {package}, and it is fetched again")
         slugs = {slug(label.name): points for points, label in reversed(labels.items())}
+        wanted = {p for p, label in labels.items() if self.groups is None or label.group in self.groups}
         found: dict[str, Path] = {}
         for file in sorted(folder.iterdir()):
             points = points_of(file.stem) if style not in ("flat", "gradient") else named(file.stem, slugs)
-            if bare(points) in labels and (self.skin_tones or points == bare(points)):
+            if bare(points) in wanted and (self.skin_tones or points == bare(points)):
                 found.setdefault(points, file)
         return found
 
@@ -231,7 +255,8 @@ def read_labels(path: Path) -> dict[str, Label]:
             if row["subgroups"] not in LEFT_OUT:
                 tags = tuple(tidy(tag) for tag in row["tags"].split(",") if tag.strip())
                 name = tidy(row["annotation"])
-                labels[points_of(row["hexcode"])] = Label(name, tuple(tag for tag in tags if tag not in name))
+                other = tuple(tag for tag in tags if tag not in name)
+                labels[points_of(row["hexcode"])] = Label(name, other, row["group"])
         first = {label.name: points for points, label in reversed(labels.items())}
         # OpenMoji drew some things before Unicode had them: two concepts of one name could not be told apart
         return {points: label for points, label in labels.items() if first[label.name] == points}

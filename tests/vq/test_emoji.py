@@ -80,6 +80,12 @@ def test_captions_name_the_style_and_concepts_do_not(packages):
 
 
 @RENDERER
+def test_groups_choose_what_is_drawn_in_every_style(packages):
+    found = facts(EmojiStyles(["flat", "3d"], groups=["animals-nature", "objects"], folder=str(packages)))
+    assert sorted(found) == ["3d/1F98A", "flat/1F452", "flat/1F98A"]
+
+
+@RENDERER
 def test_skin_tones_are_variants_of_one_concept(packages):
     found = facts(EmojiStyles(["line", "flat", "3d"], skin_tones=True, folder=str(packages)))
     hand = ("waving hand: medium skin tone", "1F44B")
@@ -157,6 +163,8 @@ def test_names_of_files():
         ({"styles": ["lines"]}, "did you mean 'line'"),
         ({"styles": []}, "different ones of outlined"),
         ({"styles": ["line", "line"]}, "different ones"),
+        ({"groups": ["food-drinks"]}, "did you mean 'food-drink'"),
+        ({"groups": []}, "null for all"),
         ({"withheld": 1.0}, "withheld=1.0"),
         ({"tags": -1}, "tags=-1"),
         ({"background": "no"}, "background='no'"),
