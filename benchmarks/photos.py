@@ -26,10 +26,7 @@ import hashlib
 import json
 import os
 import platform
-import shutil
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -53,6 +50,7 @@ from vq.tokenizer import ImageTokenizer
 from vqlm.batches import Order, generator
 from vqlm.command import CONF, build
 from vqlm.errors import ConfigError
+from vqlm.fetch import debian_package, user_cache
 from vqlm.files import write_json
 from vqlm.hardware import Hardware, detect
 from vqlm.training import fit
@@ -92,40 +90,6 @@ SIZES = {
 
 
 # --- photos ---------------------------------------------------------------------------------------------------
-
-
-def fetch(cache: Path) -> Path:
-    """The package's files below `cache`, fetched once. Needs no root: nothing is installed."""
-    unpacked = cache / PACKAGE
-    if (unpacked / LAND).is_dir():
-        return unpacked
-    missing = [tool for tool in ("apt-get", "dpkg-deb") if not shutil.which(tool)]
-    if missing:
-        raise ConfigError(
-            f"{' and '.join(missing)} not found: the photos come as a package of Debian and Ubuntu. "
-            "Name a folder of photos instead: --folder DIR"
-        )
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        print(f"fetching {PACKAGE} (70 MB) into {cache}", file=sys.stderr)
-        command(["apt-get", "download", "--quiet", PACKAGE], scratch)
-        found = list(Path(scratch).glob("*.deb"))
-        if not found:
-            raise ConfigError(f"apt-get brought no {PACKAGE}; name a folder of photos instead: --folder DIR")
-        command(["dpkg-deb", "-x", found[0].name, "unpacked"], scratch)
-        if not (Path(scratch, "unpacked") / LAND).is_dir():
-            raise ConfigError(f"{found[0].name} holds no {LAND}; name a folder of photos: --folder DIR")
-        os.replace(Path(scratch, "unpacked"), unpacked)
-    return unpacked
-
-
-def command(words: list[str], folder: str) -> None:
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        told = " ".join((done.stderr or done.stdout).split())[-400:]
-        raise ConfigError(
-            f"{' '.join(words)} failed: {told}. `apt-get update` may help (as root), or --folder DIR"
-        )
 
 
 def public_domain(copyright_file: Path, names: Sequence[str]) -> set[str]:
@@ -336,7 +300,6 @@ def feature_meters(device: torch.device) -> list[MakeMeter]:
 
 
 def main() -> int:
-    usual_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "vqlm")
     parser = argparse.ArgumentParser(description="Depth on photographs: Q = 1, 2, 4, 8 and no codes at all.")
     parser.add_argument("--size", choices=SIZES, default="cpu", help="what is spent on a cell (default cpu)")
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS), help="default: all of them")
@@ -344,7 +307,7 @@ def main() -> int:
         "--batches", type=int, help="training batches of each cell, instead of the size's own"
     )
     parser.add_argument("--folder", type=Path, help="photos of your own, instead of the package's")
-    parser.add_argument("--cache", type=Path, default=usual_cache, help=f"default {usual_cache}")
+    parser.add_argument("--cache", type=Path, default=user_cache(), help=f"default {user_cache()}")
     parser.add_argument("--out", type=Path, help="cells, photos.json, photos.png (default runs/photos-SIZE)")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
@@ -365,8 +328,8 @@ def work(asked: argparse.Namespace) -> int:
         raise ConfigError(f"--folder {asked.folder}: there is no such folder")
     folder, package = asked.folder, None
     if folder is None:
-        package = fetch(asked.cache)
-        folder = package / LAND
+        folder = debian_package(PACKAGE, LAND, "70 MB", asked.cache, "name a folder of photos: --folder DIR")
+        package = asked.cache / PACKAGE
     sets = read_photos(folder)
     photos = [sorted({name.rpartition("#")[0] for name in each.ids}) for each in sets]
     hardware = detect()

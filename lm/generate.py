@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from lm.pipeline import Pipeline, sheet
 from vqlm.command import command
@@ -24,6 +25,12 @@ def generate(
     temperature: float | None,
     top_k: int | None,
     top_p: float | None,
+    min_p: float | None,
+    deeper: float | None,
+    parallel: float | None,
+    norm: float | None,
+    ramp: float | None,
+    best_of: int,
     seed: int,
     size: list[int] | None,
     out: str,
@@ -32,12 +39,23 @@ def generate(
     """Draw n pictures of a prompt."""
     if not 1 <= n <= 4096:
         raise ConfigError(f"n={n}: from 1 to 4096 pictures")
+    if not 1 <= best_of <= 4096 // n:
+        raise ConfigError(f"best_of={best_of}: from 1 to {4096 // n} for each of {n} pictures")
     if size is not None and len(size) != 2:
         raise ConfigError(f"size={size}: height and width in pixels, such as [64,64], or null")
     pipeline = Pipeline.from_pretrained(model, device)
     try:
         shape = None if size is None else (size[0], size[1])
-        pictures = pipeline.generate(prompt, n, guidance, temperature, top_k, top_p, seed, shape)
+        more: dict[str, Any] = {
+            "min_p": min_p,
+            "deeper": deeper,
+            "parallel": parallel,
+            "norm": norm,
+            "ramp": ramp,
+        }
+        pictures = pipeline.generate(
+            prompt, n, guidance, temperature, top_k, top_p, seed, shape, best_of, **more
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from error
     target = Path(out)

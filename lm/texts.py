@@ -11,12 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -24,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vqlm.errors import ConfigError, nearest
+from vqlm.fetch import debian_package, user_cache
 
 UNDECODABLE = re.compile(
     "[\ud800-\udfff\ufffd]"
@@ -181,6 +177,8 @@ def cut(text: str, longest: int) -> list[str]:
 # --------------------------------------------------------------------------- WordNet
 
 PACKAGE, INSIDE = "wordnet-base", Path("usr/share/wordnet")
+SYSTEM = Path("/", INSIDE)
+INSTEAD = "name a folder that holds data.noun …: texts.folder=DIR, or give texts of your own: texts=file"
 PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
 
 
@@ -229,44 +227,10 @@ class WordNet(Corpus):
             ]:
                 raise ConfigError(f"texts.folder={self.folder} lacks {', '.join(missing)} of WordNet")
             return folder
-        if (Path("/") / INSIDE / "data.noun").is_file():
-            return Path("/") / INSIDE
-        usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "vqlm")
-        return fetch(Path(self.cache).expanduser() if self.cache else usual) / INSIDE
-
-
-def fetch(cache: Path) -> Path:
-    """The Debian package's files below `cache`, fetched once. Needs no root: nothing is installed."""
-    unpacked = cache / PACKAGE
-    if (unpacked / INSIDE).is_dir():
-        return unpacked
-    instead = "name a folder that holds data.noun …: texts.folder=DIR, or give texts of your own: texts=file"
-    if missing := [tool for tool in ("apt-get", "dpkg-deb") if not shutil.which(tool)]:
-        raise ConfigError(
-            f"{' and '.join(missing)} not found: WordNet comes as a package of Debian; {instead}"
-        )
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        print(f"fetching {PACKAGE} (6.5 MB) into {cache}", file=sys.stderr)
-        _run(["apt-get", "download", "--quiet", PACKAGE], scratch, instead)
-        found = list(Path(scratch).glob("*.deb"))
-        if not found:
-            raise ConfigError(f"apt-get brought no {PACKAGE}; {instead}")
-        _run(["dpkg-deb", "-x", found[0].name, "unpacked"], scratch, instead)
-        if not (Path(scratch, "unpacked") / INSIDE).is_dir():
-            raise ConfigError(f"{found[0].name} holds no {INSIDE}; {instead}")
-        if not unpacked.exists():  # another process may have been faster
-            os.replace(Path(scratch, "unpacked"), unpacked)
-    return unpacked
-
-
-def _run(words: list[str], folder: str, instead: str) -> None:
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        told = " ".join((done.stderr or done.stdout).split())[-400:]
-        raise ConfigError(
-            f"{' '.join(words)} failed: {told}. `apt-get update` may help (as root), or {instead}"
-        )
+        if (SYSTEM / "data.noun").is_file():
+            return SYSTEM
+        cache = Path(self.cache).expanduser() if self.cache else user_cache()
+        return debian_package(PACKAGE, INSIDE, "6.5 MB", cache, INSTEAD)
 
 
 # --------------------------------------------------------------------------- files

@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vq.data import ImageData, PictureSet
 from vq.images import from_bytes
 from vq.learner import TokenizerLearner
 from vq.metrics import CodeUse
 from vq.tokenizer import ImageTokenizer
+from vqlm.evaluation import undisturbed
 from vqlm.files import new_folder, write_json, write_text
 from vqlm.training import read_log
 
@@ -210,17 +210,3 @@ def measure(tokenizer: ImageTokenizer, sets: Sequence[PictureSet]) -> tuple[floa
                     use.update(made.quantized.codes_BhwQ.cpu())
     used = None if use is None else [int(n) for n in (use.counts_QK > 0).sum(1)]
     return float(torch.cat(levels).mean()), used
-
-
-@contextmanager
-def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation in fp32 without gradients; training flags and random numbers are as before when it ends."""
-    flags = [(module, module.training) for module in model.modules()]
-    devices = [device] if device.type == "cuda" else []
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for module, flag in flags:
-            module.training = flag

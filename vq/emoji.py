@@ -31,6 +31,7 @@ from PIL import ImageColor
 from vq.data import SKIN_TONES, VARIATION, Picture, draw_svg, share
 from vq.images import open_image
 from vqlm.errors import ConfigError, nearest
+from vqlm.fetch import user_cache
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class EmojiStyles:
         self.styles, self.withheld, self.tags = list(styles), withheld, tags
         self.groups = None if groups is None else set(groups)
         self.skin_tones, self.background = skin_tones, background
-        self.folder = Path(folder).expanduser() if folder else cache()
+        self.folder = Path(folder).expanduser() if folder else user_cache() / "npm"
 
     def pictures(self, size: int = 64) -> list[Picture]:
         """Style after style, each sorted by id. Rendered at `size`, at least 64.
@@ -304,10 +305,6 @@ def toned(points: str, tone: str) -> str:
 
 
 # --- packages -----------------------------------------------------------------------------------------------------
-
-
-def cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "vqlm", "npm")
 
 
 def fetch(package: Package, folder: Path) -> Path:

@@ -6,7 +6,8 @@ import subprocess
 import pytest
 
 from lm import texts as texts_module
-from lm.texts import HubTexts, NoTexts, TextFiles, WordNet, cut, fetch, repair, share
+from lm.texts import HubTexts, NoTexts, TextFiles, WordNet, cut, repair, share
+from vqlm import fetch
 from vqlm.errors import ConfigError
 
 LICENCE = "  1 This software and database is being provided to you, the LICENSEE, by  \n"
@@ -68,20 +69,21 @@ def test_the_package_is_fetched_once_and_what_fails_is_said(tmp_path, monkeypatc
             glosses(texts_module.Path(cwd, "unpacked", texts_module.INSIDE))
         return subprocess.CompletedProcess(words, 0, "", "")
 
-    monkeypatch.setattr(texts_module.shutil, "which", lambda tool: tool)
-    monkeypatch.setattr(texts_module.subprocess, "run", run)
-    first = fetch(tmp_path / "cache")
-    assert fetch(tmp_path / "cache") == first and ran == ["apt-get", "dpkg-deb"]
-    assert len(WordNet(str(first), holdout=0.0).train()) == 40
+    monkeypatch.setattr(texts_module, "SYSTEM", tmp_path / "nowhere")
+    monkeypatch.setattr(fetch.shutil, "which", lambda tool: tool)
+    monkeypatch.setattr(fetch.subprocess, "run", run)
+    for _ in range(2):
+        assert len(WordNet(cache=str(tmp_path / "cache"), holdout=0.0).train()) == 40
+    assert ran == ["apt-get", "dpkg-deb"]
     assert [each.name for each in (tmp_path / "cache").iterdir()] == ["wordnet-base"]
 
     failed = subprocess.CompletedProcess([], 100, "", "E: Unable to locate package")
-    monkeypatch.setattr(texts_module.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(fetch.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(ConfigError, match=r"Unable to locate package.*texts\.folder"):
-        fetch(tmp_path / "other")
-    monkeypatch.setattr(texts_module.shutil, "which", lambda tool: None)
+        WordNet(cache=str(tmp_path / "other")).train()
+    monkeypatch.setattr(fetch.shutil, "which", lambda tool: None)
     with pytest.raises(ConfigError, match="apt-get and dpkg-deb not found"):
-        fetch(tmp_path / "other")
+        WordNet(cache=str(tmp_path / "other")).train()
 
 
 def test_bad_lines_are_counted_and_the_rest_is_read(tmp_path):
