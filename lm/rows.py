@@ -41,6 +41,24 @@ class Statistics:
         return as_long_as(old_NC, old_NC.mean(0) + deviations_nC, random)
 
 
+class Small:
+    """Around 0, with `share` of the old rows' deviation in each of the C numbers: new ids begin all but equally likely.
+
+    Rows as long as old ones make some codes likely for no reason: with SmolLM2's tied rows a code costs 20 bits at
+    first, more than twice what knowing nothing costs. And an optimizer whose steps have one size, as Adam's have, moves
+    short rows further in relation to their length.
+    """
+
+    def __init__(self, share: float = 0.2):
+        if not 0 < share <= 1:
+            raise ValueError(f"share={share}: must lie in (0, 1]")
+        self.share = share
+
+    def draw(self, old_NC: Tensor, n: int, vectors_QKD: Tensor | None, random: torch.Generator) -> Tensor:
+        deviations_nC = torch.randn(n, old_NC.shape[1], generator=random) * sample(old_NC, random).std(0)
+        return self.share * deviations_nC
+
+
 class Codebook:
     """Codes that look alike begin alike: their vectors, turned into the model's width by a random rotation.
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from lm import architecture, source
 from lm.architecture import attention_mask, check_context, check_logits, final_logits
-from lm.rows import Codebook, Statistics, add_rows, code_vectors
+from lm.rows import Codebook, Small, Statistics, add_rows, code_vectors
 from lm.source import Gguf, HuggingFace, Pictures, Scratch, check_round_trip
 from lm.vocab import IMAGE_START, ids_to_text, text_to_ids
 from vqlm.errors import ConfigError
@@ -204,6 +204,16 @@ def test_lengths_of_new_rows_are_distributed_as_those_of_old_ones():
     torch.testing.assert_close(
         new.norm(dim=1).quantile(shares), old.norm(dim=1).quantile(shares), rtol=0.08, atol=0
     )
+
+
+def test_small_rows_are_short_and_have_no_common_direction():
+    old = wide()
+    new = Small(0.2).draw(old, 4000, None, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(new.std(0), 0.2 * old.std(0), rtol=0.1, atol=0)
+    assert float(new.mean(0).abs().max()) < 0.1 * float(old.mean(0).abs().mean())
+    assert len(new.unique(dim=0)) == 4000
+    with pytest.raises(ValueError, match="share=0"):
+        Small(0.0)
 
 
 def test_codes_that_look_alike_begin_alike():
