@@ -9,10 +9,7 @@ import torch
 from tiny import make_format
 
 from lm.data import (
-    TASKS,
-    DocumentBatches,
     Encoded,
-    Mixture,
     Pairs,
     Part,
     check_store,
@@ -22,6 +19,7 @@ from lm.data import (
     read_documents,
     read_pairs,
 )
+from lm.mixture import TASKS, DocumentBatches, Mixture
 from lm.sequence import NONE, Image, SequenceFormat, Text
 from lm.vocab import text_to_ids
 from vq.store import Loaded, Record, write_store

@@ -8,11 +8,11 @@ from tiny import HEADS, QWEN, make_format, make_head, make_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from lm.data import pack
 from lm.decoding import Decoder, Drawing, Sampling, draw_all, draw_images, draw_text
 from lm.grammar import Grammar
 from lm.model import MultimodalLM, from_scratch
 from lm.objectives.next_token import NextToken, measure
+from lm.packing import pack
 from lm.rows import add_rows
 from lm.sequence import NONE, Image, Text
 

@@ -10,8 +10,9 @@ import torch
 from tiny import make_model, make_tokenizer
 from torch.utils.data import Dataset
 
-from lm.data import DocumentBatches, Mixture, Pairs
+from lm.data import Pairs
 from lm.learner import LMLearner
+from lm.mixture import DocumentBatches, Mixture
 from lm.objectives.next_token import NextToken
 from lm.objectives.soft_codes import SoftCodes
 from vq.batches import Augment, PictureBatches
