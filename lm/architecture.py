@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from lm import attention
 from vqlm.errors import ConfigError
 
 MARKS = 4  # <bos>, two marks of a picture, <eos>
@@ -60,7 +61,7 @@ def attention_mask(config: Any, mask: Tensor, dtype: torch.dtype) -> Tensor:
     PyTorch's own attention takes it so. Attention that is written out adds the mask to its scores: a bool would add 1
     where a position may look and 0 where not, without an error (Gemma 2, GPT-OSS and their kin run that way).
     """
-    if config._attn_implementation == "sdpa":
+    if config._attn_implementation in ("sdpa", attention.NAME):
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 

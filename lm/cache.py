@@ -19,9 +19,13 @@ PADDING = 0  # slot
 
 
 class RowCache(Cache):
-    """`layers`: of the trunk. `reserve` before a pass makes room, `enter` says where its keys and values go."""
+    """`layers`: of the trunk. `reserve` before a pass makes room, `enter` says where its keys and values go.
 
-    def __init__(self, layers: int):
+    dtype: of what is stored; None: as the model makes it.
+    """
+
+    def __init__(self, layers: int, dtype: torch.dtype | None = None):
+        self.dtype = dtype
         self.rows, self.slots_BT, self.limit = slice(0, 0), torch.zeros(0, 0, dtype=torch.int64), 0
         self.room = (0, 0)  # rows, slots
         super().__init__(layers=[_RowLayer(self) for _ in range(layers)])
@@ -59,7 +63,8 @@ class _RowLayer(CacheLayerMixin):
 
         def empty(like_BHTD: Tensor) -> Tensor:
             # zeros: what was never written is masked, and 0 · NaN would be NaN
-            return like_BHTD.new_zeros(rows, like_BHTD.shape[1], slots, like_BHTD.shape[3])
+            H, D = like_BHTD.shape[1], like_BHTD.shape[3]
+            return like_BHTD.new_zeros(rows, H, slots, D, dtype=self.cache.dtype)
 
         self.keys, self.values = empty(key_states), empty(value_states)
         self.is_initialized = True
@@ -89,7 +94,7 @@ class _RowLayer(CacheLayerMixin):
         found = []
         for store, new_BHTD in ((self.keys, key_states), (self.values, value_states)):
             rows_BHSD = store[cache.rows]  # type: ignore[index]
-            rows_BHSD[row_B1, :, cache.slots_BT] = new_BHTD.transpose(1, 2)
+            rows_BHSD[row_B1, :, cache.slots_BT] = new_BHTD.transpose(1, 2).to(store.dtype)  # type: ignore[union-attr]
             found.append(rows_BHSD[:, :, : cache.limit])
         return found[0], found[1]
 

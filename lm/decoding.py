@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 
+from lm import attention
 from lm.architecture import decoder_layers
 from lm.cache import PADDING, RowCache
 from lm.grammar import DONE, SIZE, TEXT, Grammar, grammar_of
@@ -211,7 +213,9 @@ class Decoder:
         self.grammar = grammar_of(self.form)
         self.rows: list[Row] = []
         self.branches: list[Branch] = []  # in the order of the cache's rows
-        self.cache = RowCache(len(decoder_layers(model.lm.base_model)))
+        self.attends = attention.suits(model.lm)
+        stored = attention.STORED if self.attends else None
+        self.cache = RowCache(len(decoder_layers(model.lm.base_model)), stored)
         self.weights = weights_of(model)
         self.text_mask, self.size_mask = (
             self.grammar.text_mask(self.device),
@@ -323,7 +327,7 @@ class Decoder:
         visible_BTS[..., PADDING] = slots_BT == PADDING  # padding sees padding: an empty row would be NaN
         self._open_given(branches, visible_BTS, T)
         positions_BT = (slots_BT - 1).clamp(min=0)
-        with self.weights.used():
+        with self.weights.used(), attention.used(self.model.lm) if self.attends else nullcontext():
             made = self.model.step(
                 new_BTW.to(self.device),
                 visible_BTS[:, None].to(self.device),

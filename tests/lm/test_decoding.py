@@ -193,7 +193,7 @@ def test_the_replay_sees_what_is_wrong():
     with torch.inference_mode():
         for other in (
             replace(drawing, seed=4),
-            replace(drawing, sampling=Sampling(2.0)),
+            replace(drawing, sampling=Sampling(1.3)),
             replace(drawing, contexts=()),
         ):
             assert Replay(model, given, other, made).differences

@@ -1,13 +1,15 @@
 """Embeddings, heads, losses and decoding of the language model, each against an independent computation."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 from tiny import HEADS, QWEN, make_format, make_head, make_model
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, GPT2Config, LlamaConfig
 
+from lm import attention
 from lm.decoding import Decoder, Drawing, Sampling, draw_all, draw_images, draw_text
 from lm.grammar import Grammar
 from lm.model import MultimodalLM, from_scratch
@@ -424,3 +426,26 @@ def test_a_head_or_model_of_another_size_is_refused():
         MultimodalLM(from_scratch(QWEN, form.vocabulary.size, 0), make_head("linear", 1), form)
     with pytest.raises(ValueError, match="ascending"):
         make_head("layered", 7, trunk_layers=3)
+
+
+def test_decoding_on_a_cpu_attends_in_fp32_as_the_model_itself_does():
+    """The exchanged attention is used, gives back what was there, and what a full pass in fp32 gives."""
+    model, _ = make_model(seed=3)
+    form = model.form
+    before, seen = model.lm.config._attn_implementation, []
+
+    def watched(*arguments, **named):
+        seen.append(arguments[2].dtype)
+        return attention.attend(*arguments, **named)
+
+    AttentionInterface.register(attention.NAME, watched)
+    try:
+        half = deepcopy(model).to(torch.bfloat16)
+        start = form.image_prompt([Text((5, 6, 7))])
+        (drawn,) = draw_all(half, [Drawing(start, Sampling(1.0, 0.0), 0, 0, 1, 1)])
+    finally:
+        AttentionInterface.register(attention.NAME, attention.attend)
+    assert set(seen) == {torch.float32} and len(seen) >= len(form.plan(form.grid))
+    assert model.lm.config._attn_implementation == before == "sdpa"
+    assert sum(isinstance(part, Image) for part in drawn) == 1
+    assert not attention.suits(deepcopy(model).double().lm)  # nothing is made narrower
