@@ -75,7 +75,8 @@ class Retention(L.Callback):
         ):
             return
         model: Any = pl_module.result
-        self.entries.append(self._measured(model.lm, pl_module.batches_seen))
+        batch = pl_module.batches_seen
+        self.entries.append(pl_module.measured(lambda: self._measured(model.lm, batch)))
         self._write()
 
     def conclude(self, pipeline: Pipeline, batches: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from lm.objectives.full_vocabulary import FullVocabulary
 from lm.objectives.next_token import NextToken
 from lm.packing import Batch
 from lm.tune import row_parameters, undecayed
+from vqlm.ranks import sum_over_ranks
+from vqlm.shards import held
 from vqlm.training import Budget, Learner
 
 
@@ -49,7 +52,13 @@ class LMLearner(Learner):
         super().__init__(model, optimizer, budget, clip, max_bad_batches, average)
         self.objective, self.recompute = objective, recompute
         self.work_has_flops = True
-        self.parts = parts(model)
+
+    def units(self, model: Any) -> Iterable[nn.Module]:
+        return decoder_layers(model.lm.base_model)
+
+    @cached_property
+    def parts(self) -> dict[str, Callable[[], list[Tensor]]]:
+        return parts(self.model)  # when they are asked for first: parameters may have been parted by then
 
     def parameter_groups(self) -> Iterable[Any]:
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -68,10 +77,17 @@ class LMLearner(Learner):
             return self.objective.losses(self.model, batch)
 
     def gradients(self) -> dict[str, float]:
-        norms = {f"grad_{name}": norm(part()) for name, part in self.parts.items()}
+        if self.sharded and self.model.held_rows:  # hooks that hold them went with the whole parameters
+            for rows in row_parameters(self.model):
+                if rows.grad is not None:
+                    held(rows.grad, 0, self.model.held_rows).zero_()
+        norms = {f"grad_{name}": norm(part(), self.device) for name, part in self.parts.items()}
         if not norms:
             return {}
-        return dict(zip(norms, torch.stack([*norms.values()]).tolist(), strict=True))  # waits for a GPU once
+        values = torch.stack([*norms.values()])
+        if self.sharded:  # of this rank's rows
+            values = sum_over_ranks(values.square()).sqrt()
+        return dict(zip(norms, values.tolist(), strict=True))  # waits for a GPU once
 
     def work(self, batch: Batch) -> dict[str, float]:
         """Ids read (padding is none), by modality; a picture position counts each of its codes."""
@@ -115,25 +131,25 @@ def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def parts(model: MultimodalLM) -> dict[str, Callable[[], list[Tensor]]]:
-    """Name → the gradients of that part of the model, as they are when asked."""
+    """Name → the gradients of that part of the model, as they are when asked: this rank's rows of them."""
     first, size = model.form.vocabulary.image_offset, model.form.vocabulary.size
     rows = row_parameters(model)
     tables = {id(p) for p in rows}
     trunk = [p for p in model.lm.parameters() if p.requires_grad and id(p) not in tables]
     head = [p for p in model.head.parameters() if p.requires_grad]
     found: dict[str, Callable[[], list[Tensor]]] = {
-        "text_rows": lambda: [p.grad[:first] for p in rows if p.grad is not None],
-        "image_rows": lambda: [p.grad[first:size] for p in rows if p.grad is not None],
-        "trunk": lambda: [p.grad for p in trunk if p.grad is not None],
-        "head": lambda: [p.grad for p in head if p.grad is not None],
+        "text_rows": lambda: [held(p.grad, 0, first) for p in rows if p.grad is not None],
+        "image_rows": lambda: [held(p.grad, first, size) for p in rows if p.grad is not None],
+        "trunk": lambda: [held(p.grad) for p in trunk if p.grad is not None],
+        "head": lambda: [held(p.grad) for p in head if p.grad is not None],
     }
     wanted = {"text_rows": rows, "image_rows": rows, "trunk": trunk, "head": head}
     return {name: gradients for name, gradients in found.items() if wanted[name]}
 
 
-def norm(gradients: list[Tensor]) -> Tensor:
-    """Euclidean norm of all numbers together."""
-    return nn.utils.get_total_norm(gradients, foreach=True) if gradients else torch.zeros(())
+def norm(gradients: list[Tensor], device: torch.device) -> Tensor:
+    """Euclidean norm of all numbers together, 0 of none."""
+    return nn.utils.get_total_norm(gradients, foreach=True) if gradients else torch.zeros((), device=device)
 
 
 # --- operations -----------------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
     lm-train store=runs/store out=runs/lm head=depth_transformer
 
-Leaves in `out`: model/ (the bundle), checkpoints/, metrics.json, log.jsonl, samples.png, the resolved config.yaml, and
-retention.jsonl where there are texts.
+Leaves in `out`: model/ (the bundle, with its card and numbers), checkpoints/, metrics.json, log.jsonl, samples.png, the
+resolved config.yaml, and retention.jsonl where there are texts.
 Run again, it goes on where it stopped.
 """
 
@@ -15,16 +15,17 @@ from typing import Any, Literal
 
 from lm.architecture import check_context
 from lm.callbacks import Retention
-from lm.data import DocumentBatches, Encoded, Mixture, identity, open_store, read_documents, read_pairs
+from lm.data import Encoded, identity, open_store, read_documents, read_pairs
 from lm.decoding import Sampling
 from lm.evaluate import report
 from lm.heads import Head
 from lm.learner import LMLearner
+from lm.mixture import DocumentBatches, Mixture
 from lm.model import decoder_layers
 from lm.pipeline import Pipeline, images_of, pictures_of
 from lm.sequence import Delayed, Flat, PictureAttention, Stacked
 from lm.source import Source
-from lm.texts import Texts, repair
+from lm.texts import NoTexts, Texts, repair
 from lm.tune import Tune
 from vqlm.command import command
 from vqlm.errors import ConfigError
@@ -76,6 +77,8 @@ def train(
         raise ConfigError(
             "row_ends=true with layout=delayed: a row's last codes stand in the next row's positions"
         )
+    if mixture.text and isinstance(texts, NoTexts):
+        raise ConfigError(f"mixture.text={mixture.text} with texts=none: choose some, as texts=wordnet")
     check_loading(workers, checkpoint_minutes)
     hardware = detect(device, precision, devices, strategy)
     start(devices, hardware.device)
@@ -135,8 +138,8 @@ def train(
     trained: Any = training.result
     pipeline.model = trained
     tune.finish(pipeline.model)
+    pipeline.save_pretrained(folder / "model")  # first: a device may not have room for all of it
     pipeline.to(hardware.device)
-    pipeline.save_pretrained(folder / "model")
     run = {
         "batches": training.batches_seen,
         "documents": training.samples_seen,
@@ -147,7 +150,7 @@ def train(
         "captions": pairs.counts,
     }
     kept = retention.conclude(pipeline, training.batches_seen)
-    report(
+    pipeline.metrics = report(
         pipeline,
         store,
         folder,
@@ -156,6 +159,7 @@ def train(
         seed,
         {"run": run, **({"text": kept} if kept else {})},
     )
+    pipeline.save_card(folder / "model")
     print(f"model: {folder / 'model'}   metrics and pictures: {folder}")
 
 

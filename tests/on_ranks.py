@@ -14,7 +14,11 @@ def run_on_ranks(function, folder, *arguments, world=2, before=None):
     """
     from torch import multiprocessing
 
-    multiprocessing.spawn(_join, (world, folder, function, arguments, before), nprocs=world)
+    multiprocessing.set_forkserver_preload(
+        ["lightning", "transformers", "torch.distributed.fsdp"]
+    )  # once for all
+    given = (world, folder, function, arguments, before)
+    multiprocessing.start_processes(_join, given, nprocs=world, start_method="forkserver")
 
 
 def _join(rank, world, folder, function, arguments, before):
@@ -108,15 +112,19 @@ def average_gradients(model, world):
 LM_BATCHES, LM_STOP = 6, 3
 
 
-def make_lm_learner(batches=LM_BATCHES, head="layered", objective=None, **options):
+def make_lm_learner(batches=LM_BATCHES, head="layered", objective=None, held_rows=0, **options):
     import torch
     from tiny import make_model as make_lm
 
     from lm.learner import LMLearner
     from lm.objectives.next_token import NextToken
+    from lm.tune import train_new_rows
     from vqlm.training import Budget
 
     model, _ = make_lm(head)
+    if held_rows:
+        model.requires_grad_(False)
+        train_new_rows(model, held_rows)
     adam = lambda groups: torch.optim.AdamW(groups, lr=1e-2, eps=1e-3)  # noqa: E731
     budget = Budget(batches=batches, warmup=2)
     return LMLearner(model.train(), objective or NextToken(z=1e-3), adam, budget, **options)
@@ -127,7 +135,8 @@ def make_documents(rank=0, ranks=1, seed=0):
     import torch
     from tiny import make_format
 
-    from lm.data import DocumentBatches, Mixture, Pairs
+    from lm.data import Pairs
+    from lm.mixture import DocumentBatches, Mixture
 
     form = make_format()[0]
     codes = torch.randint(0, 16, (12, 2, 2, 2), generator=torch.Generator().manual_seed(0))
@@ -136,6 +145,19 @@ def make_documents(rank=0, ranks=1, seed=0):
     pairs = Pairs(captions, codes, names, names, names)
     mixture = Mixture(text_to_image=0.5, image_to_text=0.5, noise=0.2)
     return lambda total: DocumentBatches(pairs, form, mixture, 6, 48, seed, total, rank=rank, ranks=ranks)
+
+
+def make_text_documents(rank=0, ranks=1):
+    """total → batches of 2 documents, of which none, one or both hold a picture."""
+    from tiny import make_format
+
+    from lm.mixture import DocumentBatches, Mixture
+
+    mixture = Mixture(text_to_image=0.5, image_to_text=0.0, text=0.5)
+    texts = [list(range(i, i + 5)) for i in range(20)]
+    pairs = make_documents()(1).pairs
+    given = (pairs, make_format()[0], mixture, 2, None, 0)
+    return lambda total: DocumentBatches(*given, total, texts, rank=rank, ranks=ranks)
 
 
 def train_lm(rank, world, folder):
@@ -171,3 +193,101 @@ def train_lm(rank, world, folder):
         found[f"{name}/samples"] = torch.tensor(data["counters"]["samples_seen"])
         found[f"{name}/signals"] = torch.tensor(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
     save_file(found, str(folder / f"rank-{rank}.safetensors"))
+
+
+# --- language models in parts ---------------------------------------------------------------------------------------
+
+
+def train_parted(rank, world, folder):
+    """As `train_lm` with parameters parted over the ranks, and from a checkpoint that one process left in `from-one`.
+
+    What this rank held while it trained, in `folder`/rank-….json; the first rank's results, in `folder`/….safetensors.
+    """
+    import json
+    import signal
+    from pathlib import Path
+
+    import torch
+    from safetensors.torch import save_file
+    from tiny import Terminated
+
+    from vqlm import training
+    from vqlm.errors import Interrupted
+    from vqlm.hardware import Hardware
+
+    training.leave = lambda: None  # the ranks stay together for the next run
+    hardware = Hardware(torch.device("cpu"), "fp32", world, "fsdp")
+    folder, documents, options = (
+        Path(folder),
+        make_documents(rank, world),
+        {"average": 0.5, "recompute": True},
+    )
+    stopped = lambda total: Terminated(documents(total), LM_STOP if rank == 1 else None)  # noqa: E731
+    seen = {}
+    for name, batches, given in (
+        ("whole", documents, options),
+        ("parts", stopped, options),
+        ("parts", documents, options),
+        ("from-one", documents, options),
+        ("bad", documents, {"objective": Spoiled(batch=2), "head": "depth_transformer"}),
+        ("rows", documents, {"held_rows": 40}),
+        ("texts", make_text_documents(rank, world), {"head": "depth_transformer"}),
+    ):
+        torch.manual_seed(rank)
+        learner = make_lm_learner(**given)
+        for parameter in learner.model.parameters():
+            parameter.data += rank  # what the first one has counts
+        look = look_at_run(make_documents()(1)[0])
+        try:
+            training.fit(learner, batches, folder / name, hardware, "test", callbacks=[look])
+        except Interrupted:
+            assert learner.batches_seen == LM_STOP + 1 and learner.sharded
+            continue
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and not learner.sharded
+        seen[name] = look.seen | {"bad_batches": learner.bad_batches}
+        if rank == 0:
+            state = {k: v.detach().clone() for k, v in learner.result.state_dict().items()}
+            save_file(state, str(folder / f"{name}.safetensors"))
+    (folder / f"rank-{rank}.json").write_text(json.dumps(seen))
+
+
+class Spoiled:
+    """An objective whose loss on one batch is not a number, on one rank alone."""
+
+    def __init__(self, batch):
+        from lm.objectives.next_token import NextToken
+
+        self.usual, self.batch, self.count = NextToken(z=1e-3), batch, 0
+        self.competitors = self.usual.competitors
+
+    def losses(self, model, batch):
+        from vqlm.ranks import rank, rank_count
+
+        losses, logs = self.usual.losses(model, batch)
+        self.count += 1
+        if self.count == self.batch + 1 and rank() == rank_count() - 1:
+            losses["text"] = losses["text"] * float("nan")
+        return losses, logs
+
+
+def look_at_run(batch):
+    """A callback: what a rank holds after each step, and what the model computes when it runs outside of a step."""
+    import lightning as L
+    import torch
+
+    from vqlm.shards import held
+
+    class Look(L.Callback):
+        def __init__(self):
+            self.seen = {"logits": []}
+
+        def on_train_batch_end(self, trainer, learner, *_):
+            kept = [t for state in learner.optimizer.state.values() for t in state.values() if t.ndim]
+            self.seen["held"] = sum(held(p).numel() for p in learner.result.parameters())
+            self.seen["kept"] = sum(held(t).numel() for t in kept)
+            ids_BT = batch.ids_BTW[:, :, 0].clamp(min=0)
+            with torch.inference_mode():
+                scores = learner.measured(lambda: learner.result.lm(input_ids=ids_BT).logits)
+            self.seen["logits"].append(float(scores.double().square().mean()))
+
+    return Look()

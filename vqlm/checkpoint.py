@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vqlm.errors import ConfigError, nearest
-from vqlm.files import new_folder, write_text
+from vqlm.files import new_folder, seal_is_broken, sealed, sha256, write_text
 
 FORMAT = 1
 T = TypeVar("T", bound=type)
@@ -84,7 +84,7 @@ def rebuild(data: Any) -> Any:
         )
     try:
         return _DECLARED[name](**arguments)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError, RuntimeError, OverflowError) as error:
         raise ConfigError(f"saved {name} does not fit this version of vqlm: {error}") from error
 
 
@@ -94,6 +94,7 @@ def save_module(folder: str | Path, module: nn.Module) -> Path:
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
     with new_folder(folder) as part:
         save_file(tensors, str(part / "model.safetensors"), metadata={"format": "pt"})
+        config = sealed({**config, "sha256": sha256(part / "model.safetensors")})
         write_text(part / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     return Path(folder)
 
@@ -106,10 +107,19 @@ def load_module(folder: str | Path, kind: type) -> nn.Module:
         raise ConfigError(
             f"{folder}/config.json has format {config.get('format')!r}; this version reads {FORMAT}"
         )
-    module = rebuild(config.get("model"))
+    try:
+        module = rebuild(config.get("model"))
+    except ConfigError as error:
+        raise ConfigError(f"{folder}/config.json: {error}") from error
     if not isinstance(module, kind):
         raise ConfigError(f"{folder} holds a {type(module).__name__}, not a {kind.__name__}")
     load_tensors(module, folder / "model.safetensors")
+    saved = config.get("sha256")  # older folders have none
+    if seal_is_broken(config) or (saved and saved != sha256(folder / "model.safetensors")):
+        raise ConfigError(
+            f"{folder} is damaged: config.json or model.safetensors is not what was saved. Copy the folder anew; "
+            "if a change is meant, take seal and sha256 out of config.json"
+        )
     return module.eval()
 
 

@@ -62,6 +62,22 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def sealed(data: dict[str, Any]) -> dict[str, Any]:
+    """JSON data with a digest of all of it under "seal": a bit that flips on a disk is seen by `seal_is_broken`."""
+    return {**data, "seal": _digest(data)}
+
+
+def seal_is_broken(data: dict[str, Any]) -> bool:
+    """Whether sealed data has been changed. What never had a seal has none that is broken."""
+    return "seal" in data and data["seal"] != _digest({k: v for k, v in data.items() if k != "seal"})
+
+
+def _digest(data: dict[str, Any]) -> str:
+    # read back once: JSON has no tuples, and no keys but strings
+    plain = json.loads(json.dumps(data, allow_nan=False))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty folder; it becomes `path` when the block ends well, in place of an old `path`.

@@ -15,7 +15,7 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal[
     "auto", "bf16", "fp32", "fp16"
 ]  # fp16 is known, so that it can be refused with the reason
-Strategy = Literal["auto", "ddp", "fsdp"]  # fsdp is known, so that it can be refused with the reason
+Strategy = Literal["auto", "ddp", "fsdp"]
 
 # Dense bf16 operations per second from the makers' data sheets, without sparsity; by what torch calls the device.
 BF16_PEAKS = {
@@ -37,13 +37,14 @@ BF16_PEAKS = {
 class Hardware:
     """Where and how a model runs. devices: processes that train together, each with a device (or threads) of its own.
 
-    strategy: how they share the work. "ddp": each holds the whole model, and gradients are averaged.
+    strategy: how they share the work. "ddp": each holds the whole model, and gradients are averaged. "fsdp": each holds
+    a part of every parameter (`vqlm.shards`).
     """
 
     device: torch.device
     precision: Literal["bf16", "fp32"]
     devices: int = 1
-    strategy: Literal["single", "ddp"] = "single"
+    strategy: Literal["single", "ddp", "fsdp"] = "single"
 
     @property
     def lightning(self) -> dict[str, object]:
@@ -52,6 +53,11 @@ class Hardware:
         found: dict[str, object] = {"accelerator": self.device.type, "devices": 1, "precision": precision}
         if self.devices == 1:
             return found
+        if self.strategy == "fsdp":  # the model itself gathers and sends; Lightning sees one process alone
+            from lightning.pytorch.strategies import SingleDeviceStrategy
+
+            devices = [self.device.index] if self.device.type == "cuda" else 1
+            return {**found, "devices": devices, "strategy": SingleDeviceStrategy(self.device)}
         from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
         # a batch without pictures, or one of them, leaves parameters without a gradient
@@ -101,7 +107,7 @@ def detect(
     return Hardware(torch.device(device), precision, devices, sharing)
 
 
-def _sharing(device: str, devices: int, strategy: Strategy) -> Literal["single", "ddp"]:
+def _sharing(device: str, devices: int, strategy: Strategy) -> Literal["single", "ddp", "fsdp"]:
     """How `devices` processes share the work."""
     if devices < 1:
         raise ConfigError(f"devices={devices}: at least 1")
@@ -114,13 +120,10 @@ def _sharing(device: str, devices: int, strategy: Strategy) -> Literal["single",
     if device == "cuda" and torch.cuda.device_count() < devices:
         raise ConfigError(f"devices={devices}: there are {torch.cuda.device_count()} CUDA devices here")
     if strategy == "fsdp":
-        reason = (
-            "" if device == "cuda" else f" (and Lightning has it for CUDA alone, not for device={device})"
-        )
-        raise ConfigError(
-            f"strategy=fsdp: not supported{reason}. Checkpoints here are of whole models, and a model whose parameters "
-            "are in parts is not put together again. Use strategy=ddp; learner.recompute=true saves memory"
-        )
+        from vqlm.shards import check_shards
+
+        check_shards()
+        return "fsdp"
     return "ddp"
 
 

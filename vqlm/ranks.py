@@ -38,6 +38,24 @@ def first_rank_says(value: float, device: torch.device) -> float:
     return float(told)
 
 
+def first_rank_has(x: Tensor, device: torch.device) -> Tensor:
+    """The first rank's tensor, on each rank and on the device that ranks send from; `x` itself is left alone."""
+    if rank_count() == 1:
+        return x
+    told = x.detach().to(device, copy=True)
+    dist.broadcast(told, 0)
+    return told
+
+
+def first_rank_names(name: str) -> str:
+    """The first rank's text, on each rank."""
+    if rank_count() == 1:
+        return name
+    told = [name]
+    dist.broadcast_object_list(told, 0)
+    return told[0]
+
+
 def largest_over_ranks(value: int, device: torch.device) -> int:
     """The largest of the ranks' numbers, on each rank."""
     if rank_count() == 1:

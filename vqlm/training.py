@@ -4,7 +4,8 @@ Lightning drives the batches; counting, schedules and checkpoints are ours, beca
 other things with two optimizers, and its checkpoints are pickles. Knows neither pictures nor tokens.
 
 Several processes (ranks) may run one loop, each on its share of every batch: they take the same steps, skip the same
-batches and stop together; the first one writes.
+batches and stop together; the first one writes. Each holds the whole model, or a part of it (`vqlm.shards`); then each
+writes its part of a checkpoint.
 """
 
 from __future__ import annotations
@@ -18,22 +19,25 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
 from vqlm.errors import ConfigError, Interrupted
-from vqlm.files import clean, new_folder, sha256, write_json, write_text
+from vqlm.files import clean, new_folder, seal_is_broken, sealed, sha256, write_json, write_text
 from vqlm.hardware import Hardware, peak_flops
 from vqlm.progress import percent
 from vqlm.ranks import (
+    first_rank_names,
     first_rank_says,
     largest_over_ranks,
     leave,
@@ -42,12 +46,30 @@ from vqlm.ranks import (
     rows_of_ranks,
     sum_over_ranks,
 )
+from vqlm.shards import (
+    checksums,
+    fill,
+    forget_step,
+    hollow,
+    own_part,
+    read_shards,
+    replace_parameters,
+    run_whole,
+    shapes,
+    shard,
+    total_norm,
+    used_alone,
+    write_shards,
+)
 
 FALLS: dict[str, Callable[[float], float]] = {  # share of the fall that is left, 1..0 → factor 1..0
     "linear": lambda left: left,
     "cosine": lambda left: (1 - math.cos(math.pi * left)) / 2,
 }
 COUNTERS = ("batches_seen", "samples_seen", "seconds", "bad_batches", "bad_in_a_row")
+WHOLE = "state.safetensors"  # of a checkpoint that one process wrote
+# SIGUSR1 is what a scheduler sends a while before a job's time is over; not every system has it.
+STOPPING = (signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 FOREVER = 10**9  # batches of a run that only its minutes end
 
 
@@ -139,6 +161,7 @@ class Learner(L.LightningModule):
         self.latest: dict[str, float] = {}
         self.throughput = Throughput()
         self.random_states: dict[str, Tensor] = {}  # of the checkpoint that a run goes on from
+        self.plain: list[nn.Module] = []  # of parted parameters: the modules that will hold them in the end
 
     # what a subclass gives -------------------------------------------------------------------------------------
 
@@ -152,6 +175,12 @@ class Learner(L.LightningModule):
 
     def parameter_groups(self) -> Iterable[Any]:
         return [p for part in (self.model, self.companions) for p in part.parameters() if p.requires_grad]
+
+    def units(self, model: nn.Module) -> Iterable[nn.Module]:
+        """Parts of the model (or of its average) that run one after another, each gathered for itself where ranks
+        hold parts of it. What a step reads outside of them is read in `teach`, or after it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how its model is parted over ranks")
 
     def gradients(self) -> dict[str, float]:
         """Called when gradients are there, before they are clipped; returns numbers to log."""
@@ -222,10 +251,12 @@ class Learner(L.LightningModule):
             whole = float(sum_over_ranks(total.detach()) / rank_count())
             if not math.isfinite(whole):
                 raise ArithmeticError(f"loss is {whole}: {values}")
-            self.manual_backward(total)
+            with used_alone(self.model):
+                self.manual_backward(total)
             logs |= self.gradients()
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-            norm = nn.utils.clip_grad_norm_(trained, self.clip)
+            norm = total_norm([p.grad for p in trained if p.grad is not None])
+            nn.utils.clip_grads_with_norm_(trained, self.clip, norm)
             if not torch.isfinite(norm):
                 raise ArithmeticError(f"gradient norm is {float(norm)}")
         except ArithmeticError as error:
@@ -240,6 +271,7 @@ class Learner(L.LightningModule):
 
     def _skip(self, error: ArithmeticError) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+        forget_step(self.model)
         self.undo_step()
         self.bad_batches += 1
         self.bad_in_a_row += 1
@@ -249,6 +281,37 @@ class Learner(L.LightningModule):
                 f"{self.bad_in_a_row} batches in a row were not finite (last: {error}). "
                 "Lower the learning rate, or look at the data. Checkpoints that were saved before are intact."
             )
+
+    # in parts --------------------------------------------------------------------------------------------------
+
+    @property
+    def sharded(self) -> bool:
+        return bool(self.plain)
+
+    def shard(self, hardware: Hardware) -> None:
+        """Part the model over the ranks, before the first step; `join` makes it whole."""
+        if len(self.companions):
+            raise ConfigError(
+                f"strategy=fsdp: {', '.join(self.companions)} would be trained beside the model"
+            )
+        self.plain = [hollow(self.result)]
+        whole = list(self.model.parameters())
+        for model in (self.model, *([] if self.averaged is None else [self.averaged.module])):
+            shard(model, self.units(model), ["teach"], hardware.device, hardware.precision == "bf16")
+        replace_parameters(self.optimizer, whole, list(self.model.parameters()))
+
+    def join(self) -> None:
+        """Training is over: `result` is whole again, on the first rank and the CPU. Called on all ranks."""
+        plain = self.plain.pop()
+        fill(plain, self.result)
+        if self.averaged is None:
+            self.model = plain
+        else:
+            self.averaged.module = plain
+
+    def measured(self, function: Callable[[], Any]) -> Any:
+        """function(), which may run `result`; called on all ranks."""
+        return run_whole(self.result, function)
 
     # state -----------------------------------------------------------------------------------------------------
 
@@ -286,6 +349,23 @@ class Learner(L.LightningModule):
         self.restore_random()
         for name, value in data["counters"].items():
             setattr(self, name, value)
+
+    def empty_state(self, sizes: dict[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
+        """Tensors of these shapes, parted as this run parts its own: what a checkpoint is read into.
+
+        What an optimizer keeps is parted as its parameter is, if it has its shape.
+        """
+        own = self.training_state()[0]
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        made = {}
+        for name, (size, dtype) in sizes.items():
+            place, _, rest = name.partition("/")
+            like = trained[int(rest.partition("/")[0])] if place == "optimizer" else own.get(name)
+            if like is not None and like.shape == size:
+                made[name] = torch.empty_like(like.detach(), dtype=dtype)
+            else:
+                made[name] = torch.empty(size, dtype=dtype)
+        return made
 
     def restore_random(self) -> None:
         """Random numbers go on where the saved run was. Again right before training: what was built since may draw."""
@@ -366,6 +446,9 @@ def sample_count(batch: Any) -> int:
 class Checkpoints:
     """`folder/batch-00000123/`: state.safetensors and state.json with its checksum; the newest `keep` stay.
 
+    Where ranks hold parts of a model, a file for each rank in place of state.safetensors. Either is read by one process
+    and by any number of ranks.
+
     identity: JSON that says what is trained on; a checkpoint of anything else is refused, not resumed.
     """
 
@@ -373,21 +456,34 @@ class Checkpoints:
         self.folder, self.identity, self.keep = Path(folder), identity or {}, keep
 
     def save(self, learner: Learner) -> Path:
-        """Called on all ranks; the first one writes."""
+        """Called on all ranks; the first one writes, and each its part of a model that is parted."""
         tensors, data = learner.training_state()
         data["identity"] = self.identity
         target = self.folder / f"batch-{learner.batches_seen:08d}"
+        with _told(target, tensors):
+            if learner.sharded:
+                self._save_parts(target, tensors, data)
+            elif rank() == 0:
+                self._save_whole(target, tensors, data)
         if rank():
             return target
-        with new_folder(target) as part:
-            save_file(
-                {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
-                str(part / "state.safetensors"),
-            )
-            write_json(part / "state.json", {**data, "sha256": sha256(part / "state.safetensors")})
         for old in self.all()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
         return target
+
+    def _save_whole(self, target: Path, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
+        with new_folder(target) as folder:
+            save_file(
+                {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, str(folder / WHOLE)
+            )
+            write_json(folder / "state.json", sealed({**data, "sha256": sha256(folder / WHOLE)}))
+
+    def _save_parts(self, target: Path, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
+        with ExitStack() as stack:
+            folder = stack.enter_context(new_folder(target)) if rank() == 0 else Path()
+            sums = write_shards(Path(first_rank_names(str(folder))), tensors)
+            if rank() == 0:
+                write_json(folder / "state.json", sealed({**data, "sha256": sums}))
 
     def all(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
@@ -400,13 +496,15 @@ class Checkpoints:
         for path in reversed(self.all()):
             try:
                 data = json.loads((path / "state.json").read_text(encoding="utf-8"))
-                if not isinstance(data, dict) or sha256(path / "state.safetensors") != data["sha256"]:
+                whole = (path / WHOLE).is_file()
+                found = sha256(path / WHOLE) if whole else checksums(path)
+                if not isinstance(data, dict) or seal_is_broken(data) or data["sha256"] != found:
                     raise ValueError("checksum differs")
-                tensors = load_file(str(path / "state.safetensors"))
             except (OSError, ValueError, KeyError) as error:
                 warnings.warn(f"{path} is damaged ({error}); trying the one before", stacklevel=2)
                 continue
             self._check(path, data.get("identity", {}))
+            tensors = _read_whole(path / WHOLE, learner) if whole else _read_parts(path, learner)
             learner.load_training_state(tensors, data)
             return path
         return None
@@ -419,6 +517,32 @@ class Checkpoints:
                     f"{path} was trained with {name} {old}, now it is {new}: "
                     "going on would mix the two. Name another out=, or restore what it was trained on."
                 )
+
+
+@contextmanager
+def _told(target: Path, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """What a full or read-only disk says names neither path nor size."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        raise OSError(
+            f"{target}: a checkpoint of {size:,} bytes could not be saved ({error}); those before it are intact"
+        ) from error
+
+
+def _read_whole(path: Path, learner: Learner) -> dict[str, Tensor]:
+    found = load_file(str(path))
+    if not learner.sharded:
+        return found
+    empty = learner.empty_state({name: (tensor.shape, tensor.dtype) for name, tensor in found.items()})
+    return {name: own_part(tensor, empty[name]) for name, tensor in found.items()}
+
+
+def _read_parts(folder: Path, learner: Learner) -> dict[str, Tensor]:
+    found = learner.empty_state(shapes(folder))
+    read_shards(folder, found)
+    return found
 
 
 class Run(L.Callback):
@@ -443,7 +567,7 @@ class Run(L.Callback):
             kept = [e for e in read_log(self.log_path) if e["batch"] <= self.learner.batches_seen]
             write_text(self.log_path, "".join(json.dumps(e) + "\n" for e in kept))
             self.bar = percent(self.label)
-        self.handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.handlers = {s: signal.signal(s, self._on_signal) for s in STOPPING}
         self.learner.restore_random()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -479,7 +603,8 @@ class Run(L.Callback):
 
     def _on_signal(self, number: int, _: Any) -> None:
         if self.signal_seen:  # the second one does not wait for the step
-            raise KeyboardInterrupt
+            # not KeyboardInterrupt, of which Lightning makes an exit code of 1
+            raise SystemExit(130) if number == signal.SIGINT else Interrupted
         self.signal_seen = number
         if rank() == 0:
             print(f"\n{self.label}: stopping after this step; the state will be saved", file=sys.stderr)
@@ -551,18 +676,21 @@ def fit(
 
     batches: total → dataset whose item n is batch n of the run. identity: JSON that says what is trained on.
     callbacks: what else watches the run; they come before ours, so that what they leave in the learner is saved.
-    The learner is left on the hardware's device. Returns False if the run had been finished before.
+    The learner is left on the hardware's device, its result on the CPU if it was parted (strategy=fsdp). Returns False
+    if the run had been finished before.
     Several ranks (`vqlm.ranks.start`): each calls it with its share of the batches. The first one returns, alone again;
     for the others the run is over, and they exit.
 
     Raises:
-        Interrupted: SIGTERM came (KeyboardInterrupt: Ctrl-C); the step was finished and the state saved.
+        Interrupted: SIGTERM or SIGUSR1 came (KeyboardInterrupt: Ctrl-C); the step was finished and the state saved.
         RuntimeError: too many batches in a row were not finite.
     """
     folder = Path(folder)
     check_loading(workers, checkpoint_minutes)
     folder.mkdir(parents=True, exist_ok=True)
     run = Run(learner, folder, identity or {}, checkpoint_minutes, label)
+    if hardware.strategy == "fsdp":
+        learner.shard(hardware)  # on the CPU: a device may not have room for the whole model
     learner.to(hardware.device)  # before a resumed optimizer state is put beside the parameters
     found = run.checkpoints.resume(learner)
     if found and rank() == 0:
@@ -572,6 +700,8 @@ def fit(
         loader = Once(batches(learner.budget.batches or FOREVER), learner.batches_seen, workers)
         _train(learner, loader, hardware, [*callbacks, run])
     learner.to(hardware.device)  # Lightning leaves it on the CPU
+    if learner.sharded and not run.signal_seen:
+        learner.join()
     leave()
     if run.signal_seen:
         raise KeyboardInterrupt if run.signal_seen == signal.SIGINT else Interrupted

@@ -1,6 +1,7 @@
 """Two processes train one language model: they stay equal, and equal to one process that is fed all they are fed."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from vqlm.errors import ConfigError
 from vqlm.hardware import Hardware, detect
 from vqlm.ranks import start
-from vqlm.training import fit, read_log
+from vqlm.training import Checkpoints, fit, read_log
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,17 @@ def test_a_signal_to_one_rank_stops_all_and_they_go_on_to_the_bit(together):
             assert torch.equal(found[f"whole/{key}"], found[f"parts/{key}"]), key
 
 
+def test_a_checkpoint_of_two_ranks_goes_on_in_one_process(together, tmp_path):
+    folder, ranks = together
+    shutil.copytree(folder / "parts", tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(Checkpoints(tmp_path / "checkpoints").all()[-1])
+    alone = make_lm_learner(average=0.5)
+    fit(alone, make_documents(), tmp_path, Hardware(torch.device("cpu"), "fp32"), "test")
+    assert len(read_log(tmp_path / "log.jsonl")) < LM_BATCHES  # it went on
+    for name, tensor in alone.model.state_dict().items():
+        torch.testing.assert_close(tensor, ranks[0][f"whole/model/{name}"], atol=2e-5, rtol=1e-4, msg=name)
+
+
 TOGETHER = """
 import sys, torch
 sys.path.insert(0, {tests!r})
@@ -82,7 +94,7 @@ def test_a_command_starts_its_other_rank_and_goes_on_alone(tmp_path):
 
 def test_what_cannot_run_together_is_refused_by_name(monkeypatch):
     for settings, reason in (
-        ({"devices": 2, "strategy": "fsdp"}, "CUDA"),
+        ({"devices": 1, "strategy": "fsdp"}, "needs several"),
         ({"devices": 0}, "at least 1"),
         ({"devices": 1, "strategy": "ddp"}, "needs several"),
     ):
