@@ -28,9 +28,29 @@ from lm.vocab import IMAGE_END, IMAGE_START, ROW_END, Vocabulary, grid_name
 from vqlm import __version__
 from vqlm.checkpoint import describe, load_tensors, rebuild
 from vqlm.errors import ConfigError, nearest
+from vqlm.files import seal_is_broken, sha256
 
 FORMAT = 1
 HEADS = (LinearHead, ParallelHead, LayeredHead, DepthTransformerHead)  # that a bundle may name
+PLAIN_HEADS = (LinearHead.__name__, LayeredHead.__name__)  # that have no weights in the flat layout
+PROCESSOR = {"processor_class": "VqlmProcessor"}  # processor_config.json: what AutoProcessor looks for
+FILES = (  # of a bundle, for others; what else may lie in a folder is not sent anywhere
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "multimodal.json",
+    "head.safetensors",
+    "processor_config.json",
+    "metrics.json",
+    "vq/config.json",
+    "vq/model.safetensors",
+)
 MOST, MOST_LAYERS = 65_536, 256  # what a description may ask for
 
 
@@ -78,6 +98,29 @@ def read_about(folder: Path) -> dict[str, Any]:
     return about
 
 
+def check_files(folder: Path, about: dict[str, Any]) -> None:
+    """ConfigError if multimodal.json, or a file beside it, is not what was saved: a bit may flip on any disk.
+
+    Older bundles have no sums, and are read as they are.
+    """
+    advice = "Copy the folder anew; if the change is meant, take files and seal out of multimodal.json"
+    with _damage(folder):
+        broken, sums = seal_is_broken(about), about.get("files", {})
+        if broken or not isinstance(sums, dict):
+            raise ConfigError(f"it does not fit its seal. {advice}")
+    for name, saved in sums.items():
+        path = folder / Path(name).name
+        if path.is_file() and sha256(path) != saved:  # what is missing is missed by who needs it
+            raise ConfigError(
+                f"{path} is damaged: its SHA-256 is not that of the file that was saved. {advice}"
+            )
+
+
+def file_sums(folder: Path) -> dict[str, str]:
+    """Name → SHA-256 of each file that lies in a folder, for `check_files`."""
+    return {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+
+
 def read_parts(about: dict[str, Any], folder: Path, config: Any) -> tuple[SequenceFormat, Head, Sampling]:
     """The parts that multimodal.json describes, for a language model of this configuration; the head has its weights.
 
@@ -90,6 +133,10 @@ def read_parts(about: dict[str, Any], folder: Path, config: Any) -> tuple[Sequen
         check_head(about["head"])
         with torch.device("meta"):  # no memory is taken before shapes have been compared with the file's
             head = rebuild(about["head"])
+        if head.width != form.width:
+            raise ConfigError(
+                f"its {type(head).__name__} has {head.width} ids a position, the layout {form.layout.name} {form.width}"
+            )
         if bool(head.state_dict()) != weights.is_file():
             there = (
                 "has no weights, but head.safetensors is there"
@@ -136,6 +183,46 @@ def check_head(described: Any) -> None:
     for name, most in (("layers", MOST_LAYERS), ("width", MOST_LAYERS)):
         if isinstance(described.get(name), int) and described[name] > most:
             raise ConfigError(f"head.{name}={described[name]}: at most {most}")
+
+
+def check_plain(about: dict[str, Any], form: SequenceFormat) -> None:
+    """ValueError, with the reason, unless the language model's folder alone is the whole model: one id a position, and
+    a head without weights. Only then do transformers or vLLM compute the logits that were trained.
+    """
+    if form.width != 1:
+        raise ValueError(
+            f"layout {form.layout.name!r} has {form.width} ids a position, a plain causal language model one: train "
+            "with layout=flat head=linear, or draw with lm.Pipeline"
+        )
+    head = about["head"]["type"] if isinstance(about["head"], dict) else about["head"]
+    if head not in PLAIN_HEADS:
+        raise ValueError(
+            f"{head} has weights of its own, which a plain causal language model leaves out: train with head=linear, "
+            "or draw with lm.Pipeline"
+        )
+
+
+def is_plain(about: dict[str, Any], form: SequenceFormat) -> bool:
+    """Whether `check_plain` has nothing to say."""
+    try:
+        check_plain(about, form)
+    except ValueError:
+        return False
+    return True
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """What was measured of a bundle, from its metrics.json; empty without one. ConfigError if it is damaged."""
+    path = folder / "metrics.json"
+    if not path.is_file():
+        return {}
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged: {error}") from error
+    if not isinstance(metrics, dict):
+        raise ConfigError(f"{path} is damaged: an object is expected, found {type(metrics).__name__}")
+    return metrics
 
 
 def check_shapes(head: Head, path: Path) -> None:

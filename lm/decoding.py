@@ -22,7 +22,7 @@ from torch import Tensor
 from lm import attention
 from lm.architecture import decoder_layers
 from lm.cache import PADDING, RowCache
-from lm.grammar import DONE, SIZE, TEXT, Grammar, grammar_of
+from lm.grammar import DONE, SIZE, TEXT, grammar_of
 from lm.logits import draw, guide, guide_edit, guide_projected, min_p, temper, top_k, top_p
 from lm.model import MultimodalLM
 from lm.packed import weights_of
@@ -543,7 +543,7 @@ def draw_text(
 def likelihoods(model: MultimodalLM, pictures: list[Image], text: Text) -> list[float]:
     """log p(text, <eos> | picture) for each picture (nats), over the ids that may stand in text."""
     form, device = model.form, next(model.parameters()).device
-    legal_V = Grammar(form, images=False).text_mask(device)
+    legal_V = grammar_of(form).text_mask(device)  # as the loss of training has it
     found, n = [], len(text.ids) + 1
     for picture in pictures:
         laid = form.lay([replace(picture, given=True), text])

@@ -3,7 +3,8 @@
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.generate(ids, logits_processor=[GrammarProcessor.from_pretrained(folder)], max_new_tokens=300)
 
-For bundles whose plain model is the whole model: the flat layout with the linear head.
+For bundles whose plain model is the whole model: the flat layout with the linear head. It masks logits and prepares
+nothing: prompts come from `lm.processor`.
 
 Legend: B rows, T positions, V ids.
 """
@@ -16,15 +17,17 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from lm.bundle import read_about, read_format
+from lm.bundle import check_plain, read_about, read_format
 from lm.grammar import DONE, Grammar
 from lm.sequence import SequenceFormat
+from vqlm.hub import local_folder
 
 
 class GrammarProcessor(LogitsProcessor):
     """Masks what may not follow, each row in its own state. Rows begin with <bos>, which padding may precede.
 
-    images=False: text alone. One processor serves one call of `generate` at a time.
+    images=False: no picture may be drawn, though prompts may hold some. One processor serves one call of `generate` at
+    a time.
     """
 
     def __init__(self, form: SequenceFormat, images: bool = True):
@@ -32,15 +35,19 @@ class GrammarProcessor(LogitsProcessor):
             raise ValueError(
                 f"layout {form.layout.name!r} has {form.width} ids a position; transformers draws one: flat"
             )
-        self.form, self.grammar = form, Grammar(form, images)
-        self.table_KV = self.grammar.legal_table()
+        self.form, self.grammar = form, Grammar(form)  # which reads prompts too
+        self.table_KV = Grammar(form, images).legal_table()
         self.read_BT = torch.zeros(0, 0, dtype=torch.int64)
         self.state_B = torch.zeros(0, dtype=torch.int64)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, images: bool = True) -> GrammarProcessor:
-        """Of a bundle. ConfigError where there is none, ValueError where it has no flat layout."""
-        return cls(read_format(read_about(Path(folder)), Path(folder)), images)
+        """Of a bundle. ConfigError where there is none, ValueError where the plain model is not the whole model."""
+        folder = local_folder(folder)
+        about = read_about(folder)
+        form = read_format(about, folder)
+        check_plain(about, form)
+        return cls(form, images)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """ids (B,T) so far, scores (B,V) → scores, -inf where an id may not follow. ValueError on an illegal prompt."""

@@ -1,14 +1,16 @@
 """Pipeline: prompts in, pictures and text out; the bundle, one folder that anyone can load.
 
 The folder is a plain Hugging Face model (AutoModelForCausalLM and AutoTokenizer load it without this package), with
-`vq/` (the image tokenizer), `multimodal.json` (ranges, layout, grids, head, fingerprint, version) and, for heads that
-have weights, `head.safetensors`.
+`vq/` (the image tokenizer), `multimodal.json` (ranges, layout, grids, head, fingerprint, version), for heads that have
+weights `head.safetensors`, and for readers `README.md` and, once it was measured, `metrics.json`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -19,7 +21,21 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lm.bundle import about, check_codes, check_names, read_about, read_parts
+from lm.bundle import (
+    FILES,
+    PROCESSOR,
+    about,
+    check_codes,
+    check_files,
+    check_names,
+    file_sums,
+    is_plain,
+    read_about,
+    read_format,
+    read_metrics,
+    read_parts,
+)
+from lm.card import card
 from lm.decoding import Drawing, Sampling, Watch, draw_all, draw_images, draw_text, likelihoods, unwatched
 from lm.heads import Head
 from lm.model import MultimodalLM
@@ -40,10 +56,112 @@ from vq.images import (
 from vq.store import CodeStore
 from vq.tokenizer import ImageTokenizer
 from vqlm.errors import ConfigError
-from vqlm.files import new_folder, write_json
+from vqlm.files import new_folder, sealed, write_json, write_text
 from vqlm.hardware import Device, detect
+from vqlm.hub import Hub, check_repo_id, local_folder, upload
 
 MASK_DETAIL = 8  # pixels of a mask that a cell's side is judged by
+
+
+class Translator:
+    """Text and pictures ↔ segments of ids and codes: all that a bundle needs to read and show, without its model."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, images: ImageTokenizer, form: SequenceFormat):
+        self.tokenizer, self.images, self.form = tokenizer, images, form
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Translator:
+        """Of a bundle, a folder or a hub id. ConfigError says which part is missing, damaged or of another model."""
+        folder = local_folder(folder)
+        description = read_about(folder)
+        images = ImageTokenizer.from_pretrained(folder / "vq")
+        if images.fingerprint != description["fingerprint"]:
+            raise ConfigError(
+                f"{folder} was trained on codes of tokenizer {description['fingerprint']}, "
+                f"its vq/ holds tokenizer {images.fingerprint}; codes of one mean nothing to the other"
+            )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # transformers and tokenizers each raise their own
+            raise ConfigError(f"cannot load the text tokenizer in {folder}: {error}") from error
+        form = read_format(description, folder)
+        check_names(tokenizer, form)
+        check_codes(form, images)
+        return Translator(tokenizer, images, form)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.images.parameters()).device
+
+    # --- sizes -------------------------------------------------------------------------------------------------------
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Heights and widths in pixels of the pictures that the model knows; the first is what it draws unasked."""
+        f = self.images.downsample
+        return [(height * f, width * f) for height, width in self.form.grids]
+
+    def grid_of(self, size: tuple[int, int] | None) -> Grid:
+        """The grid of a size in pixels. ValueError on a size that the model does not know."""
+        sizes = self.sizes
+        if size is None:
+            return self.form.grids[0]
+        if not isinstance(size, tuple | list) or tuple(size) not in sizes:
+            raise ValueError(f"size={size}: this model draws pictures of {sizes} (height, width)")
+        return self.form.grids[sizes.index((size[0], size[1]))]
+
+    # --- to segments -------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def read(data: bytes, max_pixels: int = MAX_PIXELS) -> PILImage.Image:
+        """The picture in the bytes of a file. ValueError on one that cannot be used, or has more pixels."""
+        try:
+            return open_image(data, max_pixels=max_pixels)
+        except Reject as error:
+            raise ValueError(str(error)) from error
+
+    def encode_text(self, text: str) -> list[int]:
+        """A user's text → ids; names of special tokens in it stay ordinary text."""
+        return text_to_ids(self.tokenizer, text)
+
+    def encode_image(self, picture: PILImage.Image) -> Image:
+        """A picture → its codes, in the nearest shape that the model knows. ValueError on anything else."""
+        if not isinstance(picture, PILImage.Image):
+            raise ValueError(
+                f"a picture is expected, found {type(picture).__name__}; vq.images.open_image reads files"
+            )
+        x_CHW = to_pixels(to_rgb(picture), nearest_shape(self.sizes, *picture.size))
+        return Image(self.images.encode(x_CHW[None].to(self.device))[0].cpu())
+
+    def segments(self, parts: Sequence[str | PILImage.Image]) -> list[Segment]:
+        """Text and pictures in any order → segments that are read and not learnt. ValueError on other things."""
+        segments: list[Segment] = []
+        for part in parts:
+            if isinstance(part, str):
+                segments += [Text(tuple(self.encode_text(part)), given=True)] if part.strip() else []
+            elif isinstance(part, PILImage.Image):
+                segments.append(replace(self.encode_image(part), given=True))
+            else:
+                raise ValueError(f"a prompt holds {type(part).__name__}; allowed: str and PIL images")
+        return segments
+
+    # --- from segments -----------------------------------------------------------------------------------------------
+
+    def decode(self, pictures: list[Image]) -> Tensor:
+        """Codes of pictures of one grid → pixels (N,3,H,W) in [-1,1], on the CPU."""
+        codes_BhwQ = torch.stack([p.codes_hwQ for p in pictures]).to(self.device)
+        return self.images.decode(codes_BhwQ).cpu()
+
+    @staticmethod
+    def show(x_NCHW: Tensor) -> list[PILImage.Image]:
+        """Pixels in [-1,1] → pictures."""
+        return [to_image(x_CHW) for x_CHW in x_NCHW]
+
+    def show_segment(self, segment: Segment) -> str | PILImage.Image:
+        """Words, or a picture."""
+        if isinstance(segment, Text):
+            return ids_to_text(self.tokenizer, list(segment.ids))
+        return to_image(self.decode([segment])[0])
 
 
 class Rater(Protocol):
@@ -53,13 +171,17 @@ class Rater(Protocol):
 
 
 @dataclass
-class Pipeline:
-    """A multimodal language model, its text tokenizer, its image tokenizer, and how it draws unless told otherwise."""
+class Pipeline(Translator):
+    """A multimodal language model, its text tokenizer, its image tokenizer, and how it draws unless told otherwise.
+
+    metrics: what was measured of it, as `lm-train` and `lm-evaluate` write it; for its card.
+    """
 
     model: MultimodalLM
     tokenizer: PreTrainedTokenizerFast
     images: ImageTokenizer
     sampling: Sampling = field(default_factory=Sampling)
+    metrics: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def assemble(
@@ -80,31 +202,23 @@ class Pipeline:
     def from_pretrained(
         cls, folder: str | Path, device: Device = "auto", precision: Literal["fp32", "bf16"] = "fp32"
     ) -> Pipeline:
-        """Load a bundle. ConfigError says which part is missing, damaged or of another model.
+        """Load a bundle: a folder or a hub id. ConfigError says which part is missing, damaged or of another model.
 
         precision: of the language model's weights; bf16 takes half the memory and, where memory is the limit, half the
         time, and draws other pictures for the same seed. The image tokenizer stays fp32.
         """
-        folder = Path(folder)
-        description = read_about(folder)
-        images = ImageTokenizer.from_pretrained(folder / "vq")
-        if images.fingerprint != description["fingerprint"]:
-            raise ConfigError(
-                f"{folder} was trained on codes of tokenizer {description['fingerprint']}, "
-                f"its vq/ holds tokenizer {images.fingerprint}; codes of one mean nothing to the other"
-            )
+        folder = local_folder(folder)
+        parts, description = Translator.from_pretrained(folder), read_about(folder)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             language_model = open_model(folder, local=True)
-        except Exception as error:  # transformers, tokenizers and safetensors each raise their own
+        except Exception as error:  # transformers and safetensors each raise their own
             raise ConfigError(f"cannot load the language model in {folder}: {error}") from error
         form, head, sampling = read_parts(description, folder, language_model.config)
-        check_names(tokenizer, form)
-        check_codes(form, images)
+        check_files(folder, description)
         model = MultimodalLM(language_model, head, form)
         if precision == "bf16":
             model.to(torch.bfloat16)
-        pipeline = cls(model, tokenizer, images, sampling)
+        pipeline = cls(model, parts.tokenizer, parts.images, sampling, read_metrics(folder))
         return pipeline.to(detect(device, "fp32").device)
 
     def to(self, device: torch.device) -> Pipeline:
@@ -114,8 +228,19 @@ class Pipeline:
         return self
 
     @property
+    def form(self) -> SequenceFormat:
+        return self.model.form
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    # --- the folder --------------------------------------------------------------------------------------------------
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What multimodal.json says."""
+        return about(self.form, self.model.head, self.sampling, self.images.fingerprint)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the bundle, atomically: a reader sees the old folder or the new one."""
@@ -126,10 +251,40 @@ class Pipeline:
             head = {k: v.detach().cpu().contiguous().clone() for k, v in self.model.head.state_dict().items()}
             if head:
                 save_file(head, str(part / "head.safetensors"))
-            write_json(
-                part / "multimodal.json",
-                about(self.model.form, self.model.head, self.sampling, self.images.fingerprint),
-            )
+            write_json(part / "multimodal.json", sealed({**self.about, "files": file_sums(part)}))
+            if is_plain(self.about, self.form):
+                write_json(part / "processor_config.json", PROCESSOR)
+            self.save_card(part)
+
+    def save_card(
+        self, folder: str | Path, repo_id: str = "", license: str | None = None, trained_on: str | None = None
+    ) -> None:
+        """Write the card, README.md, and the numbers behind it, metrics.json, into a bundle's folder."""
+        if self.metrics:
+            write_json(Path(folder, "metrics.json"), self.metrics)
+        write_text(Path(folder, "README.md"), card(self, repo_id, license, trained_on))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        license: str | None = None,
+        trained_on: str | None = None,
+        private: bool = True,
+        token: str | None = None,
+        hub: Hub | None = None,
+    ) -> str:
+        """Upload the bundle and its card to the Hugging Face hub; returns the address of the upload.
+
+        license: of these weights, as the hub names licences, such as apache-2.0; None: the card says that none was
+        given. trained_on: words for the card. private: of a repository that is made now. Only what `save_pretrained`
+        writes is uploaded. ValueError on a repo_id that is none.
+        """
+        check_repo_id(repo_id)
+        with TemporaryDirectory() as place:
+            folder = Path(place, "model")
+            self.save_pretrained(folder)
+            self.save_card(folder, repo_id, license, trained_on)
+            return upload(folder, repo_id, FILES, private, token=token, hub=hub)
 
     # --- drawing -----------------------------------------------------------------------------------------------------
 
@@ -169,21 +324,6 @@ class Pipeline:
             pictures = [self._best(each, some, scorer) for each, some in zip(told, tries, strict=True)]
         return self.show(self.decode(pictures))
 
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """Heights and widths in pixels of the pictures that the model knows; the first is what it draws unasked."""
-        f = self.images.downsample
-        return [(height * f, width * f) for height, width in self.model.form.grids]
-
-    def grid_of(self, size: tuple[int, int] | None) -> Grid:
-        """The grid of a size in pixels. ValueError on a size that the model does not know."""
-        sizes = self.sizes
-        if size is None:
-            return self.model.form.grids[0]
-        if not isinstance(size, tuple | list) or tuple(size) not in sizes:
-            raise ValueError(f"size={size}: this model draws pictures of {sizes} (height, width)")
-        return self.model.form.grids[sizes.index((size[0], size[1]))]
-
     def sampling_with(
         self,
         guidance: float | None = None,
@@ -214,7 +354,7 @@ class Pipeline:
             raise ValueError("prompt must be a string or a list of strings")
         grid = self.grid_of(size)
         n = _whole(n, "n")
-        starts = [self.model.form.image_prompt(self._segments([p]), grid) for p in prompts for _ in range(n)]
+        starts = [self.form.image_prompt(self.segments([p]), grid) for p in prompts for _ in range(n)]
         return draw_images(self.model, starts, sampling, seeds(seed, n) * len(prompts), watch=watch)
 
     def edit(
@@ -233,7 +373,7 @@ class Pipeline:
         """
         sampling = self.sampling_with(guidance, image_guidance=image_guidance, **more)
         picture = replace(self.encode_image(image), given=True)
-        start = self.model.form.image_prompt([picture, *self._segments([instruction])], picture.grid)
+        start = self.form.image_prompt([picture, *self.segments([instruction])], picture.grid)
         drawn = draw_images(self.model, [start] * _whole(n, "n"), sampling, seeds(seed, n), ((picture,), ()))
         return self.show(self.decode(drawn))
 
@@ -256,7 +396,7 @@ class Pipeline:
         old = self.encode_image(image)
         redraw_hw = cells_to_redraw(redraw, old.grid, image.size)
         kept_hwQ = torch.where(redraw_hw[..., None], NONE, old.codes_hwQ)
-        start = self.model.form.image_prompt(self._segments([prompt]), old.grid)
+        start = self.form.image_prompt(self.segments([prompt]), old.grid)
         drawings = [
             Drawing(start, sampling, each, images=1, contexts=((),), kept=kept_hwQ)
             for each in seeds(seed, _whole(n, "n"))
@@ -300,29 +440,7 @@ class Pipeline:
         fit = self._fit(prompt, pictures, scorer)
         return pictures[fit.index(max(fit))]
 
-    @staticmethod
-    def show(x_NCHW: Tensor) -> list[PILImage.Image]:
-        """Pixels in [-1,1] → pictures."""
-        return [to_image(x_CHW) for x_CHW in x_NCHW]
-
     # --- reading and writing -----------------------------------------------------------------------------------------
-
-    @staticmethod
-    def read(data: bytes, max_pixels: int = MAX_PIXELS) -> PILImage.Image:
-        """The picture in the bytes of a file. ValueError on one that cannot be used, or has more pixels."""
-        try:
-            return open_image(data, max_pixels=max_pixels)
-        except Reject as error:
-            raise ValueError(str(error)) from error
-
-    def encode_text(self, text: str) -> list[int]:
-        """A user's text → ids; names of special tokens in it stay ordinary text."""
-        return text_to_ids(self.tokenizer, text)
-
-    def decode(self, pictures: list[Image]) -> Tensor:
-        """Codes of pictures of one grid → pixels (N,3,H,W) in [-1,1], on the CPU."""
-        codes_BhwQ = torch.stack([p.codes_hwQ for p in pictures]).to(self.device)
-        return self.images.decode(codes_BhwQ).cpu()
 
     def caption(self, image: PILImage.Image, limit: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
         """Words for a picture; greedy unless a temperature is given."""
@@ -342,7 +460,7 @@ class Pipeline:
         """Words for each picture given as codes."""
         if not pictures:
             return []
-        prompts = [self.model.form.lay([replace(picture, given=True)], end=False) for picture in pictures]
+        prompts = [self.form.lay([replace(picture, given=True)], end=False) for picture in pictures]
         told = draw_text(self.model, prompts, Sampling(1.0, temperature), seeds(seed, len(prompts)), limit)
         return [ids_to_text(self.tokenizer, ids) for ids in told]
 
@@ -368,36 +486,10 @@ class Pipeline:
         if min(limit, max_images, min_images) < 0:
             raise ValueError(f"limit={limit}, max_images={max_images}, min_images={min_images}: not negative")
         max_images = max(max_images, min_images)
-        start = self.model.form.lay(self._segments(prompt), end=False)
+        start = self.form.lay(self.segments(prompt), end=False)
         drawing = Drawing(start, sampling, seeds(seed, 1)[0], limit, max_images, min_images, contexts=((),))
         (made,) = draw_all(self.model, [drawing])
         return [self.show_segment(segment) for segment in made]
-
-    def _segments(self, prompt: list[str | PILImage.Image]) -> list[Segment]:
-        segments: list[Segment] = []
-        for part in prompt:
-            if isinstance(part, str):
-                segments += [Text(tuple(self.encode_text(part)), given=True)] if part.strip() else []
-            elif isinstance(part, PILImage.Image):
-                segments.append(replace(self.encode_image(part), given=True))
-            else:
-                raise ValueError(f"a prompt holds {type(part).__name__}; allowed: str and PIL images")
-        return segments
-
-    def encode_image(self, picture: PILImage.Image) -> Image:
-        """A picture → its codes, in the nearest shape that the model knows. ValueError on anything else."""
-        if not isinstance(picture, PILImage.Image):
-            raise ValueError(
-                f"a picture is expected, found {type(picture).__name__}; vq.images.open_image reads files"
-            )
-        x_CHW = to_pixels(to_rgb(picture), nearest_shape(self.sizes, *picture.size))
-        return Image(self.images.encode(x_CHW[None].to(self.device))[0].cpu())
-
-    def show_segment(self, segment: Segment) -> str | PILImage.Image:
-        """Words, or a picture."""
-        if isinstance(segment, Text):
-            return ids_to_text(self.tokenizer, list(segment.ids))
-        return to_image(self.decode([segment])[0])
 
 
 def _whole(value: int, name: str) -> int:

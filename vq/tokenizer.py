@@ -12,6 +12,8 @@ import importlib
 import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +21,12 @@ from torch import Tensor, nn
 import vq.backbones
 import vq.quantizers
 from vq.backbones import Backbone
+from vq.card import card
 from vq.quantizers import Quantized, Quantizer, check_codes
 from vqlm.checkpoint import declared, fingerprint, load_module, save_module
 from vqlm.errors import ConfigError
+from vqlm.files import write_text
+from vqlm.hub import Hub, check_repo_id, local_folder, upload
 
 
 class NonFiniteError(ArithmeticError):
@@ -159,11 +164,38 @@ class ImageTokenizer(nn.Module):
         """Write `config.json` and `model.safetensors`, atomically."""
         save_module(folder, self)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        metrics: dict[str, Any] | None = None,
+        license: str | None = None,
+        trained_on: str | None = None,
+        private: bool = True,
+        token: str | None = None,
+        hub: Hub | None = None,
+    ) -> str:
+        """Upload it with a card to the Hugging Face hub; returns the address of the upload.
+
+        metrics: what `vq-train` wrote into metrics.json. license: of these weights, as the hub names licences; None:
+        the card says that none was given. private: of a repository that is made now. ValueError on a repo_id that is
+        none, and on metrics of another tokenizer.
+        """
+        check_repo_id(repo_id)
+        with TemporaryDirectory() as place:
+            folder = Path(place, "tokenizer")
+            self.save_pretrained(folder)
+            write_text(folder / "README.md", card(self, metrics or {}, repo_id, license, trained_on))
+            files = ("README.md", "config.json", "model.safetensors")
+            return upload(folder, repo_id, files, private, token=token, hub=hub)
+
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ImageTokenizer:
-        """Load a folder written by `save_pretrained`, in eval mode. ConfigError says which file is unusable and why."""
+        """Load a folder written by `save_pretrained`, or a hub id, in eval mode.
+
+        ConfigError says which file is unusable and why.
+        """
         declare_families()
-        module = load_module(folder, cls)
+        module = load_module(local_folder(folder), cls)
         if not isinstance(module, ImageTokenizer):
             raise ConfigError(f"{folder} does not hold an image tokenizer")
         return module

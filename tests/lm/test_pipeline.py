@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lm import Pipeline
 from lm.decoding import Sampling
 from lm.grammar import Grammar
+from lm.logits_processor import GrammarProcessor
 from lm.objectives.next_token import measure
 from lm.packing import pack
 from lm.pipeline import cells_to_redraw
-from lm.processor import GrammarProcessor
 from lm.sequence import Text
 from vqlm.errors import ConfigError
 
@@ -131,7 +131,7 @@ def test_flat_linear_greedy_drawing_is_plain_generate_under_the_grammar(tmp_path
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     form, v = model.form, model.form.vocabulary
     texts = ["a red circle", "a blue square, inset 1 1 1"]
-    prompts = [form.image_prompt(pipe._segments([text]), form.grids[0]).ids_TW[:, 0] for text in texts]
+    prompts = [form.image_prompt(pipe.segments([text]), form.grids[0]).ids_TW[:, 0] for text in texts]
     longest = max(map(len, prompts))
     rows = torch.stack([torch.cat([torch.full((longest - len(p),), v.pad), p]) for p in prompts])
     out = plain.generate(
