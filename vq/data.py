@@ -30,7 +30,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, Protocol
 
-import lightning as L
 import torch
 from PIL import Image, ImageColor
 from torch import Tensor
@@ -542,7 +541,7 @@ def bucket_shape(size: int, aspect: float, multiple: int = 1) -> tuple[int, int]
 THREADS = min(8, os.cpu_count() or 1)  # that decode pictures
 
 
-class ImageData(L.LightningDataModule):
+class ImageData:
     """A source's pictures, each decoded once, split by concept into a training and a held-out part.
 
     A concept is held out where the first 64 bits of sha256("seed:concept"), as a fraction of 2^64, are below
@@ -584,7 +583,6 @@ class ImageData(L.LightningDataModule):
         fit: Literal["crop", "pad"] = "crop",
         max_bad_fraction: float = 0.5,
     ) -> None:
-        super().__init__()
         if size is not None and size < 1:
             raise ConfigError(f"size={size}: at least 1 pixel")
         if not aspects or not all(0.1 <= each <= 10 for each in aspects):
@@ -648,7 +646,7 @@ class ImageData(L.LightningDataModule):
             raise RuntimeError("call setup() first: it decodes the pictures")
         return self._sets[part]
 
-    def setup(self, stage: str | None = None) -> None:
+    def setup(self) -> None:
         """Decode everything, once; further calls do nothing.
 
         Raises:
@@ -674,8 +672,13 @@ class ImageData(L.LightningDataModule):
         _check_ids(pictures)
         parts: tuple[list[Picture], list[Picture]] = ([], [])
         for picture in pictures:
-            parts[picture.heldout or share(self.seed, picture.concept) < self.holdout].append(picture)
+            parts[self.split_of(picture) == "heldout"].append(picture)
         return parts
+
+    def split_of(self, picture: Picture) -> Literal["train", "heldout"]:
+        """Which part a picture belongs to: its concept alone decides, so any process can tell for any picture."""
+        held = picture.heldout or share(self.seed, picture.concept) < self.holdout
+        return "heldout" if held else "train"
 
     def _decode_all(self, pictures: list[Picture], bar: Any) -> list[PictureSet]:
         """In order, one set for each shape; rejected pictures leave no gap."""

@@ -2,9 +2,13 @@
 
     vq-encode tokenizer=runs/tokenizer/tokenizer images=folder images.source.path=DIR out=runs/store
 
-Leaves Parquet shards, manifest.json, rejects.jsonl and a copy of the tokenizer in `out`. Run again, it encodes only
-what is missing, or was made of pictures that have changed since. Pictures are decoded batch by batch, ahead of the
-encoder and beside it: a set need not fit into memory.
+Leaves Parquet shards, manifest.json, rejects.jsonl and a copy of the tokenizer in `out`, a folder or a URL. Run again,
+it encodes only what is missing, or was made of pictures that have changed since. Pictures are decoded batch by batch,
+ahead of the encoder and beside it: a set need not fit into memory.
+
+Many processes may encode one store, on one machine or on many (docs/scale.md): with `encode.processes=N`, under
+torchrun, as `rank=0 ranks=N`, `rank=1 ranks=N` … of any scheduler, or with `encode=ray`. Rank r takes the shards r,
+r + ranks, r + 2·ranks …, and whoever finds every shard in place finishes the store: they need not know of each other.
 
 Codes are computed in fp32 and in torch's default layout, so that they are those of `ImageTokenizer.encode` whatever the
 batch size. channels_last would be faster on a CPU, but torch's GroupNorm sums carelessly there: errors 300 times larger
@@ -13,20 +17,24 @@ than fp32's changed one or two codes in a thousand (benchmarks/tokenizer.py coun
 
 from __future__ import annotations
 
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import torch
 
-from vq.data import THREADS, ImageData
+from vq.data import ImageData
+from vq.drivers import Driver, share_of
 from vq.evaluate import settle_size
-from vq.images import Reject
-from vq.store import Loaded, Record, write_store
+from vq.pieces import pieces_of
+from vq.store.work import Ranges
+from vq.store.writer import Outcome, StoreWriter, Unfinished, summary
 from vq.tokenizer import ImageTokenizer
 from vqlm.command import command
 from vqlm.errors import ConfigError
 from vqlm.hardware import Device, detect
+from vqlm.progress import bar
 
 
 def encode(
@@ -37,11 +45,15 @@ def encode(
     shard_size: int,
     device: Device,
     resume: Literal["auto", "never"],
+    rank: int | None,
+    ranks: int | None,
+    encode: Driver,
 ) -> None:
     """Encode every picture once; both splits go into one store, each row says which it belongs to."""
     if batch_size < 1 or shard_size < 1:
         raise ConfigError(f"batch_size={batch_size}, shard_size={shard_size}: both must be at least 1")
-    model = ImageTokenizer.from_pretrained(tokenizer).to(detect(device, "fp32").device)
+    number, count = share_of(rank, ranks)
+    model = ImageTokenizer.from_pretrained(tokenizer).to(_own_device(device))
     if not model.depth:
         raise ConfigError(
             f"tokenizer={tokenizer} is continuous (quantizer=none), it has no codes to store: train one with codes"
@@ -49,56 +61,49 @@ def encode(
     settle_size(images, model)
     source = {name: getattr(images, name) for name in ("size", "aspects", "fit", "holdout", "seed")}
     source |= {"shapes": images.shapes, "source": images.source.name}
-    pictures = StreamedPictures(images)
-    print(pictures.report())
-    summary = write_store(out, model, pictures, source=source, shard_size=shard_size, batch_size=batch_size)
-    done = f"{summary['encoded']} shards encoded, {summary['kept']} kept, {summary['redone']} redone"
-    print(f"store: {out}   {summary['pictures']} pictures, {summary['rejects']} rejects; {done}")
-    for damage in summary["damage"]:
+    pieces = pieces_of(images, shard_size)
+    writer = StoreWriter(out, model, pieces, source, batch_size, alone=count == 1)
+    writer.begin()
+    own = range(number, writer.shards, count)
+    if count > 1:
+        print(f"rank {number} of {count}: {len(own):,} of {writer.shards:,} shards")
+    # how many pictures there are is known where they are listed, not where whole files of them are
+    total = len(pieces.pictures) if isinstance(pieces, Ranges) and count == 1 else None
+    with bar(total, "encoding", "pictures") as shown:
+        outcomes = list(encode.run(writer, own, Path(tokenizer), shown.update))
+    _finish(writer, outcomes, out, count)
+
+
+def _finish(writer: StoreWriter, outcomes: Sequence[Outcome], out: str, count: int) -> None:
+    """The manifest, if every shard is there; of several processes, the one that comes last gets here."""
+    if count > 1 and (missing := writer.missing()):
+        there = writer.shards - len(missing)
+        print(
+            f"own shards done; {there:,} of {writer.shards:,} are there: the rank that comes last finishes {out}"
+        )
+        return
+    try:
+        totals = summary(writer.finish(), outcomes)
+    except Unfinished as error:
+        if count == 1:
+            raise
+        print(f"own shards done; not finished yet: {error}")  # another rank is about to mend it, and finishes
+        return
+    done = f"{totals['encoded']} shards encoded, {totals['kept']} kept, {totals['redone']} redone"
+    print(f"store: {out}   {totals['pictures']} pictures, {totals['rejects']} rejects; {done}")
+    for damage in totals["damage"]:
         print(f"redone: {damage}")
 
 
-class StreamedPictures:
-    """`vq.store.Pictures` from a source, decoded when they are asked for: what trains, then what is held out.
-
-    ConfigError once more than `images.max_bad_fraction` of all were rejected.
-    """
-
-    def __init__(self, images: ImageData):
-        self.images = images
-        train, heldout = images.candidates()
-        self.candidates = [(each, "train") for each in train] + [(each, "heldout") for each in heldout]
-        self.counts = len(train), len(heldout)
-        self.rejects: dict[str, str] = {}
-        self.threads = ThreadPoolExecutor(THREADS)
-
-    def __len__(self) -> int:
-        return len(self.candidates)
-
-    def load(self, start: int, stop: int) -> Loaded:
-        chosen = self.candidates[start:stop]
-        decoded = list(self.threads.map(lambda each: self.images.decode(each[0]), chosen))
-        records, x_BCHW, rejects = [], [], []
-        for (picture, split), result in zip(chosen, decoded, strict=True):
-            if isinstance(result, Reject):
-                rejects.append({"id": picture.id, "reason": result.reason, "detail": result.detail})
-            else:
-                records.append(Record(picture.id, picture.caption, picture.concept, split))
-                x_BCHW.append(result)
-        self._count(rejects)
-        one_shape = x_BCHW and len(self.images.shapes) == 1
-        return Loaded(records, torch.stack(x_BCHW) if one_shape else x_BCHW, rejects)
-
-    def _count(self, rejects: list[dict[str, str]]) -> None:
-        self.rejects |= {each["id"]: each["reason"] for each in rejects}
-        self.images.check_rejects(Counter(self.rejects.values()), len(self))
-
-    def report(self) -> str:
-        train, heldout = self.counts
-        return f"{self.images.source.name}: {train:,} training and {heldout:,} held-out pictures to encode"
+def _own_device(device: Device) -> torch.device:
+    """Of several GPUs, the one that torchrun means for this process."""
+    found = detect(device, "fp32").device
+    if found.type != "cuda":
+        return found
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-main = command("vq_encode", encode, free=("device", "batch_size"))
+main = command("vq_encode", encode, free=("device", "batch_size", "encode"), places=("rank", "ranks"))
 
 if __name__ == "__main__":
     main()

@@ -44,6 +44,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 
 from vqlm import files, schema
 from vqlm.errors import ConfigError, Interrupted, nearest
+from vqlm.places import is_url
 
 # Beside this package in a clone and in site-packages alike. A path and not a package name, so that a folder
 # called `conf` in the current directory cannot stand in for it.
@@ -72,6 +73,8 @@ class Command:
     function: does the work. It may raise ConfigError at any time: exit code 2.
     conf: the folder of configurations. packages: those whose classes a configuration may name.
     free: root keys that a resumed run may change, beside `out` and `resume`.
+    places: root keys that say which of several processes of one job this is. They are not part of the job: a sweep
+        over them shares one run folder, and `config.yaml` leaves them empty.
     """
 
     config_name: str
@@ -79,6 +82,7 @@ class Command:
     conf: Path = CONF
     packages: tuple[str, ...] = schema.PACKAGES
     free: tuple[str, ...] = ()
+    places: tuple[str, ...] = ()
 
     def __call__(self) -> None:
         _run_command(self, sys.argv[1:])
@@ -188,7 +192,7 @@ def _quoted(argument: str, made: Command) -> str:
 def _run_job(made: Command, config: DictConfig) -> None:
     """One job, of one or of many."""
     try:
-        run(made, _numbered(_plain(config)))
+        run(made, _numbered(_plain(config), made.places))
     except ConfigError as error:
         raise _Refused from error
 
@@ -196,16 +200,16 @@ def _run_job(made: Command, config: DictConfig) -> None:
 def run(made: Command, config: dict[str, Any]) -> None:
     """Check, build, open the run folder, work: in this order, so that a wrong configuration leaves nothing."""
     schema.check(config, made.function, made.packages)
-    # of several processes that run one job together (vqlm.ranks) the first one alone has a run folder
-    out = config.get("out") if os.environ.get("RANK", "0") == "0" else None
+    out = _run_folder(config)
+    saved = {**config, **dict.fromkeys(made.places)}
     if out is not None:
-        check_run_folder(out, config, made.free)
+        check_run_folder(out, saved, made.free)
     if isinstance(config.get("seed"), int):
         _seed(config["seed"])
     built = schema.build(config, packages=made.packages)
     fresh = out is not None and not Path(out, "config.yaml").exists()
     if out is not None:
-        open_run_folder(out, config)
+        open_run_folder(out, saved, alone=saved == config)
     try:
         made.function(**schema.convert(built, made.function))
     except Exception:
@@ -214,13 +218,19 @@ def run(made: Command, config: dict[str, Any]) -> None:
         raise
 
 
-def _numbered(config: dict[str, Any]) -> dict[str, Any]:
-    """Give each job of a sweep a run folder of its own."""
+def _run_folder(config: Mapping[str, Any]) -> str | None:
+    """Of several processes that run one job together (vqlm.ranks) the first one alone has one; a URL is none."""
+    out = config.get("out")
+    return None if is_url(out or "") or os.environ.get("RANK", "0") != "0" else out
+
+
+def _numbered(config: dict[str, Any], places: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Give each job of a sweep a run folder of its own, unless they are the processes of one job."""
     now = HydraConfig.get()
     if now.mode != RunMode.MULTIRUN:
         return config
     print(f"job {now.job.num}: {' '.join(now.overrides.task)}", file=sys.stderr)
-    if config.get("out") is None:
+    if config.get("out") is None or any(config.get(each) is not None for each in places):
         return config
     return {**config, "out": str(Path(config["out"], str(now.job.num)))}
 
@@ -255,7 +265,8 @@ def check_run_folder(out: str, config: Mapping[str, Any], free: tuple[str, ...] 
     saved = folder / "config.yaml"
     if saved.is_file() and set(_read_config(saved)) != set(config):
         raise ConfigError(f"out={out}: the folder was left by another command; name another one")
-    if not folder.exists() or not any(folder.iterdir()):
+    # what is being written, or was when a process was killed, does not count
+    if not folder.exists() or all(files.LEFTOVER.match(each.name) for each in folder.iterdir()):
         return
     if not saved.exists():
         raise ConfigError(f"out={out}: the folder holds files but no run; name an empty or a new one")
@@ -274,11 +285,15 @@ def check_run_folder(out: str, config: Mapping[str, Any], free: tuple[str, ...] 
         )
 
 
-def open_run_folder(out: str, config: Mapping[str, Any]) -> None:
-    """Make the folder if need be, clear away what a killed run left half written, save the configuration."""
+def open_run_folder(out: str, config: Mapping[str, Any], alone: bool = True) -> None:
+    """Make the folder if need be, save the configuration, and clear away what a killed run left half written.
+
+    alone: no other process of the same job writes there; else nothing is cleared away.
+    """
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
-        files.clean(out)
+        if alone:
+            files.clean(out)
         files.write_text(
             Path(out, "config.yaml"), yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
         )

@@ -10,8 +10,8 @@ from tqdm import tqdm
 SECONDS_BETWEEN_LINES = 20
 
 
-def bar(total: int, what: str, unit: str, hidden: bool = False) -> Any:
-    """A tqdm bar to `update`, on stderr. unit: what is counted, in the plural."""
+def bar(total: int | None, what: str, unit: str, hidden: bool = False) -> Any:
+    """A tqdm bar to `update`, on stderr. total: None where nobody knows. unit: what is counted, in the plural."""
     return tqdm(
         total=total, desc=what, unit=f" {unit}", disable=hidden, **_lines(", {n_fmt}/{total_fmt}{unit}")
     )

@@ -488,8 +488,8 @@ def test_setup_decodes_once():
     data = ImageData(Counting(10), 8)
     with pytest.raises(RuntimeError, match="setup"):
         _ = data.train
-    data.setup("fit")
-    data.setup("validate")
+    data.setup()
+    data.setup()
     assert Counting.loads == 10
 
 

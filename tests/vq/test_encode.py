@@ -5,8 +5,10 @@ import torch
 from tiny import draw_shape, make_tokenizer, write_pictures
 
 from vq.data import ImageData, ImageFolder
-from vq.encode import StreamedPictures, encode
+from vq.drivers import Local
+from vq.encode import encode
 from vq.images import open_image, to_pixels
+from vq.pieces import StreamedPictures
 from vq.quantizers.none import NoQuantizer
 from vq.store import CodeStore
 from vq.tokenizer import ImageTokenizer
@@ -30,7 +32,7 @@ def data(folder, **options):
 
 
 def run(folder, tokenizer, out, batch_size=8, **options):
-    encode(tokenizer, data(folder, **options), str(out), batch_size, 20, "cpu", "auto")
+    encode(tokenizer, data(folder, **options), str(out), batch_size, 20, "cpu", "auto", None, None, Local())
     return CodeStore.open(out)
 
 

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -11,10 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from vq import store as store_module
-from vq.store import CodeStore, Loaded, Record, SplitPictures, StoreWriter, write_store
+from vq.store import CodeStore, Loaded, Ranges, Record, StoreWriter, reader, write_store
+from vq.store import shard as shard_module
+from vq.store.manifest import hashes_of
+from vq.store.shard import Damaged, canonical, read_shard, to_bytes
+from vq.store.writer import check_unique
 from vqlm.errors import ConfigError
 from vqlm.files import sha256, write_bytes, write_json
+from vqlm.places import LocalPlace
 
 SOURCE = {"name": "made", "size": 8, "fit": "crop"}
 
@@ -54,6 +59,53 @@ def make_set(name, n, seed, height=8, width=8):
     ids = [f"{name}/{i}" for i in range(n)]
     captions = [f"a picture of {each}, naïve 🍎" for each in ids]
     return Set(x.to(torch.uint8), ids, captions, [f"concept {i // 2}" for i in range(n)])
+
+
+class SplitPictures:
+    """`Pictures` in memory: the training set, the held-out set, then what was rejected while they were decoded.
+
+    ValueError if an id occurs twice.
+    """
+
+    def __init__(
+        self,
+        train,
+        heldout,
+        rejects=(),
+    ):
+        self.sets = {"train": train, "heldout": heldout}
+        self.rejects = list(rejects)
+        self.records = [
+            Record(*columns, split)
+            for split, each in self.sets.items()
+            for columns in zip(each.ids, each.captions, each.concepts, strict=True)
+        ]
+        check_unique(record.id for record in self.records)
+
+    def __len__(self) -> int:
+        return len(self.records) + len(self.rejects)
+
+    def load(self, start: int, stop: int) -> Loaded:
+        border, end = len(self.sets["train"].ids), len(self.records)
+        parts = [
+            self.sets["train"].x_NCHW[min(start, border) : min(stop, border)],
+            self.sets["heldout"].x_NCHW[max(start - border, 0) : max(stop - border, 0)],
+        ]
+        filled = [part for part in parts if len(part)]  # an empty set may have no size to concatenate
+        x_BCHW = torch.cat(filled) if filled else ()
+        rejects = self.rejects[max(start - end, 0) : max(stop - end, 0)]
+        return Loaded(self.records[start:stop], x_BCHW, rejects)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of every record, reject and pixel."""
+        rows = [asdict(record) for record in self.records]
+        told = hashlib.sha256(canonical([rows, [dict(reject) for reject in self.rejects]]))
+        for each in self.sets.values():
+            told.update(str((tuple(each.x_NCHW.shape), each.x_NCHW.dtype)).encode())
+            for x_BCHW in each.x_NCHW.split(1024):
+                told.update(x_BCHW.cpu().contiguous().view(torch.uint8).numpy().data)
+        return told.hexdigest()
 
 
 REJECTS = [
@@ -311,7 +363,14 @@ def test_killed_and_finished_equals_uninterrupted(tmp_path, calls_before):
 
 def test_killed_between_shards_and_manifest(tmp_path, monkeypatch):
     write(tmp_path / "whole")
-    monkeypatch.setattr(store_module, "write_json", lambda *_: (_ for _ in ()).throw(Killed))
+    write_file = LocalPlace.write
+
+    def killed_at_the_manifest(self, name, data):
+        if name == "manifest.json":
+            raise Killed
+        write_file(self, name, data)
+
+    monkeypatch.setattr(LocalPlace, "write", killed_at_the_manifest)
     with pytest.raises(Killed):
         write(tmp_path / "store")
     with pytest.raises(ConfigError, match=r"unfinished: 4 of 4 shards.*vq-encode.*out="):
@@ -400,7 +459,7 @@ def test_flipped_bits_of_an_unfinished_store_are_redone_or_harmless(tmp_path):
     write(folder)
     job = json.loads((folder / "manifest.json").read_text())["job"]
     path = folder / "shard-00001.parquet"
-    whole, sound = path.read_bytes(), store_module._read_shard(path, job)
+    whole, sound = path.read_bytes(), read_shard(path.read_bytes(), job)
     random = np.random.default_rng(1)
     found = 0
     for _ in range(150):
@@ -408,8 +467,8 @@ def test_flipped_bits_of_an_unfinished_store_are_redone_or_harmless(tmp_path):
         data[random.integers(len(data))] ^= 1 << random.integers(8)
         path.write_bytes(data)
         try:
-            shard = store_module._read_shard(path, job)
-        except store_module._Damaged:
+            shard = read_shard(path.read_bytes(), job)
+        except Damaged:
             found += 1
         else:
             assert shard.text == sound.text
@@ -440,9 +499,9 @@ def test_a_repair_that_is_killed_leaves_no_finished_store(tmp_path):
 
     with pytest.raises(Killed):
         write(folder, encode=encode)
-    with pytest.raises(ConfigError, match="unfinished: 4 of 4 shards"):
+    with pytest.raises(ConfigError, match="unfinished: 3 of 4 shards"):
         CodeStore.open(folder, verify=False)
-    assert write(folder)["redone"] == 1
+    assert write(folder)["encoded"] == 1
     assert contents(folder) == whole
 
 
@@ -652,13 +711,13 @@ def test_a_manifest_that_is_no_json_is_refused_and_replaced(tmp_path):
 
 def tamper(folder, change):
     """Rewrite shard 1 by `change`, with every hash made right again: only the codes themselves can tell."""
-    manifest = json.loads((folder / "manifest.json").read_text())
+    listed = json.loads((folder / "manifest.json").read_text())
     path = folder / "shard-00001.parquet"
-    shard = store_module._read_shard(path, manifest["job"])
+    shard = read_shard(path.read_bytes(), listed["job"])
     change(shard)
-    write_bytes(path, store_module._to_bytes(shard))
-    manifest["shards"][1].update(bytes=path.stat().st_size, sha256=sha256(path))
-    write_json(folder / "manifest.json", manifest)
+    write_bytes(path, to_bytes(shard))
+    listed["shards"][1].update(bytes=path.stat().st_size, sha256=sha256(path))
+    write_json(folder / "manifest.json", listed)
 
 
 @pytest.mark.parametrize("verify", [None, True, False])
@@ -681,7 +740,7 @@ def test_a_grid_that_does_not_fit_its_codes_is_refused(tmp_path, monkeypatch):
     def change(shard):
         offsets = np.arange(5) * 8
         shard.heights = np.array([2, 3, 1, 2], np.int16)  # as many codes in all
-        monkeypatch.setattr(store_module, "_offsets", lambda *_: offsets)
+        monkeypatch.setattr(shard_module, "offsets_of", lambda *_: offsets)
 
     tamper(tmp_path / "store", change)
     monkeypatch.undo()
@@ -705,7 +764,7 @@ def test_without_verification_the_cheap_checks_and_the_first_reading_stand(tmp_p
 
 def test_large_stores_are_hashed_only_when_asked(tmp_path, monkeypatch):
     write(tmp_path / "store")
-    monkeypatch.setattr(store_module, "ALWAYS_VERIFIED_BYTES", 1)
+    monkeypatch.setattr(reader, "ALWAYS_VERIFIED_BYTES", 1)
     monkeypatch.setattr(CodeStore, "verify", lambda self: 1 / 0)
     CodeStore.open(tmp_path / "store")
     with pytest.raises(ZeroDivisionError):
@@ -723,7 +782,7 @@ def test_an_unknown_split_is_refused(tmp_path):
 
 def test_shards_can_be_written_in_any_order_by_several_writers(tmp_path):
     write(tmp_path / "whole")
-    arguments = tmp_path / "store", FakeTokenizer(), pictures(), SOURCE, 4, 3
+    arguments = tmp_path / "store", FakeTokenizer(), Ranges(pictures(), 4), SOURCE, 3
     StoreWriter(*arguments).begin()
     for index in (3, 1, 0, 2):
         StoreWriter(*arguments).write_shard(index)
@@ -732,7 +791,7 @@ def test_shards_can_be_written_in_any_order_by_several_writers(tmp_path):
 
 
 def test_finish_refuses_what_is_missing(tmp_path):
-    writer = StoreWriter(tmp_path / "store", FakeTokenizer(), pictures(), SOURCE, 4, 3)
+    writer = StoreWriter(tmp_path / "store", FakeTokenizer(), Ranges(pictures(), 4), SOURCE, 3)
     writer.begin()
     for index in (0, 1, 3):
         writer.write_shard(index)
@@ -745,7 +804,7 @@ def test_finish_refuses_what_is_missing(tmp_path):
 def test_progress_reaches_the_number_of_candidates(tmp_path, again):
     if again:
         write(tmp_path / "store")
-    writer = StoreWriter(tmp_path / "store", FakeTokenizer(), pictures(), SOURCE, 4, 3)
+    writer = StoreWriter(tmp_path / "store", FakeTokenizer(), Ranges(pictures(), 4), SOURCE, 3)
     writer.begin()
     counts = []
     for index in range(writer.shards):
@@ -757,7 +816,7 @@ def test_progress_reaches_the_number_of_candidates(tmp_path, again):
 def test_manifest_lists_the_hash_of_every_file(tmp_path):
     write(tmp_path / "store")
     manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
-    listed = store_module._hashes(manifest)
+    listed = hashes_of(manifest)
     assert listed == {k: v for k, v in contents(tmp_path / "store").items() if k != "manifest.json"}
     shard = (tmp_path / "store" / "shard-00000.parquet").read_bytes()
     assert listed["shard-00000.parquet"] == hashlib.sha256(shard).hexdigest()

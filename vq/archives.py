@@ -1,0 +1,414 @@
+"""Pictures that come in large files: tars, Parquet, streamed data sets. One file is one piece of work.
+
+    Tars | ParquetFiles | StreamedHub --files()--> names --read(name)--> Picture ...
+
+A name is enough to read a file, on any machine, without the others having been looked at, so that many processes can
+share them out. Paths may be URLs that fsspec opens, such as s3://bucket/folder; what it opens them with stands in the
+environment (vqlm/places.py). Files are read from front to back and never kept; where a set is small enough to train
+on, `pictures()` reads all of it, as files on disk would be.
+
+It does not know how a picture is decoded (vq/images.py) or what becomes of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import posixpath
+import shutil
+import tarfile
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vq.data import Picture
+from vq.images import EXTENSIONS, Reject, open_image
+from vqlm.errors import ConfigError, nearest
+from vqlm.places import check_protocol, is_url
+
+LARGEST_PICTURE = 2**28  # bytes of one compressed picture; more is taken for a mistake, or an attack
+LARGEST_TEXT = 2**20  # bytes of one caption or of one .json
+
+
+class Archives:
+    """What these sources share: files in the order of their names, each naming its pictures "file/key".
+
+    `read` gives the same pictures in the same order each time. `content` names what a file holds without decoding it;
+    None: that takes decoding.
+    """
+
+    @property
+    def name(self) -> str:
+        raise NotImplementedError
+
+    def files(self) -> list[str]:
+        """The same list on every machine. ConfigError if there is none. Reads no file."""
+        raise NotImplementedError
+
+    def read(self, name: str) -> Iterator[Picture]:
+        raise NotImplementedError
+
+    def content(self, name: str) -> str | None:
+        raise NotImplementedError
+
+    def pictures(self, size: int = 64) -> list[Picture]:
+        """All of them, their compressed bytes in memory: for sets that are small enough to train on."""
+        return [picture for name in self.files() for picture in self.read(name)]
+
+
+class _Files(Archives):
+    """Files below a folder, by a pattern."""
+
+    ending = ""
+
+    def __init__(self, path: str) -> None:
+        if not path:
+            raise ConfigError("images.source.path must not be empty")
+        if is_url(path):
+            check_protocol(path)
+        self.path = path
+        # what is below the last part without a wildcard names a file
+        parts = path.split("/")
+        fixed = next((n for n, part in enumerate(parts) if set(part) & set("*?[")), len(parts))
+        if fixed == len(parts) and path.endswith(self.ending):
+            fixed -= 1  # one file
+        self.root = "/".join(parts[:fixed]).rstrip("/")
+        self._held: tuple[str, tempfile.TemporaryDirectory[str]] | None = None
+
+    @property
+    def name(self) -> str:
+        return posixpath.basename(self.root.rstrip("/")) or self.path
+
+    def files(self) -> list[str]:
+        system, root, pattern = self._system()
+        found = system.glob(pattern) if pattern != root else system.find(root)
+        names = sorted(
+            each.removeprefix(root).lstrip("/")
+            for each in found
+            if each.endswith(self.ending) and each != root
+        )
+        if not names:
+            raise ConfigError(f"images.source.path={self.path}: no file there ends in {self.ending}")
+        return names
+
+    def content(self, name: str) -> str:
+        """SHA-256 of the file's bytes: where it lies does not matter."""
+        with self._open(name) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def _system(self) -> tuple[Any, str, str]:
+        """The file system, the root's path in it, and the pattern's."""
+        from fsspec.core import url_to_fs
+
+        where = self.path if is_url(self.path) else str(Path(self.path).expanduser().absolute())
+        root = self.root if is_url(self.path) else str(Path(self.root or ".").expanduser().absolute())
+        system, pattern = url_to_fs(where)
+        return system, url_to_fs(root)[1].rstrip("/"), pattern.rstrip("/")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": None}  # another process fetches its own
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[BufferedReader]:
+        system, root, _ = self._system()
+        path = self._fetched(system, f"{root}/{name}") if is_url(self.path) else f"{root}/{name}"
+        with open(path, "rb") as file:
+            yield file
+
+    def _fetched(self, system: Any, path: str) -> str:
+        """A file that is far away, copied here: it is hashed, then read, and one crossing is enough for both.
+
+        One at a time is kept; whoever still has the last one open reads it to its end.
+        """
+        if self._held is None or self._held[0] != path:
+            self._held = None
+            folder = tempfile.TemporaryDirectory(prefix="vqlm-")
+            with system.open(path, "rb") as source, open(f"{folder.name}/file", "wb") as copy:
+                shutil.copyfileobj(source, copy, 2**20)
+            self._held = path, folder
+        return f"{self._held[1].name}/file"
+
+
+class Tars(_Files):
+    """Tars in the manner of webdataset: files that share all but what follows the first dot belong together.
+
+        000012.jpg  000012.txt  000012.json
+
+    A picture's caption is its .txt, or the key `caption_key` of its .json; its concept is `concept_key` of that, or
+    the caption in lower case, or its id. What belongs together stands together, as webdataset wants it.
+
+    https://github.com/webdataset/webdataset
+
+    Args:
+        path: a folder of tars, a pattern ("s3://bucket/cc12m-*.tar"), or one tar.
+        caption_key, concept_key: of the .json, where there is one; null: do not look there.
+
+    Raises:
+        ConfigError: an empty path, or a URL that nothing here opens.
+    """
+
+    ending = ".tar"
+
+    def __init__(
+        self, path: str, caption_key: str | None = "caption", concept_key: str | None = None
+    ) -> None:
+        super().__init__(path)
+        self.caption_key, self.concept_key = caption_key, concept_key
+
+    def read(self, name: str) -> Iterator[Picture]:
+        """In their order in the tar. A tar that is cut or damaged ends with a reject, "damaged-file".
+
+        Where a name comes twice, the second id ends in "#2".
+        """
+        times: Counter[str] = Counter()
+        for picture in self._samples(name):
+            times[picture.id] += 1
+            count = times[picture.id]
+            yield picture if count == 1 else replace(picture, id=f"{picture.id}#{count}")
+
+    def _samples(self, name: str) -> Iterator[Picture]:
+        key, parts = None, {}
+        with self._open(name) as file:
+            try:
+                with tarfile.open(fileobj=file, mode="r|") as tar:
+                    for member in tar:
+                        if not member.isreg():
+                            continue  # links and devices lead elsewhere
+                        stem, ending = _stem(member.name)
+                        if stem != key and parts:
+                            yield from self._sample(name, key, parts)
+                            parts = {}
+                        key = stem
+                        parts[ending] = _member(tar, member, ending)
+            except (tarfile.TarError, EOFError, OSError) as error:
+                if isinstance(error, OSError) and error.errno:
+                    raise  # not the file, but the way to it
+                if parts:
+                    yield from self._sample(name, key, parts)
+                yield _refused(f"{name}/{key or ''}#", Reject("damaged-file", f"{name}: {error}"))
+                return
+        if parts:
+            yield from self._sample(name, key, parts)
+
+    def _sample(self, name: str, key: str | None, parts: dict[str, bytes | Reject]) -> Iterator[Picture]:
+        """The pictures of one sample: mostly one. None where there is only text."""
+        pictures = [each for each in parts if f".{each.rpartition('.')[2]}" in EXTENSIONS]
+        facts = _facts(parts.get("json"))
+        caption = _words(parts.get("txt")) or _words(facts.get(self.caption_key or ""))
+        for each in pictures:
+            id_ = f"{name}/{key}" if len(pictures) == 1 else f"{name}/{key}.{each}"
+            concept = _words(facts.get(self.concept_key or "")) or caption.lower() or id_
+            yield Picture(id_, caption, concept, partial(_load, parts[each]))
+
+
+def _stem(path: str) -> tuple[str, str]:
+    """ "a/12.seg.PNG" → ("a/12", "seg.png")."""
+    folder, _, base = path.removeprefix("./").rpartition("/")
+    stem, _, ending = base.partition(".")
+    return _valid(f"{folder}/{stem}" if folder else stem), ending.lower()
+
+
+def _member(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str) -> bytes | Reject:
+    """A file's bytes. Those of no use here, and those that are too long, are passed over."""
+    is_picture = f".{ending.rpartition('.')[2]}" in EXTENSIONS
+    if not is_picture and ending not in ("txt", "json"):
+        return b""
+    limit = LARGEST_PICTURE if is_picture else LARGEST_TEXT
+    if member.size > limit:
+        return Reject("too-large", f"{member.size} bytes, at most {limit} are read")
+    file = tar.extractfile(member)
+    return b"" if file is None else file.read()
+
+
+def _facts(data: bytes | Reject | None) -> dict[str, Any]:
+    """A sample's .json; one that cannot be read says nothing."""
+    if not isinstance(data, bytes):
+        return {}
+    try:
+        facts = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _words(value: Any) -> str:
+    """Text with its blanks tidied; "" for what is none."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    return " ".join(_valid(value).split()) if isinstance(value, str) else ""
+
+
+def _valid(text: str) -> str:
+    """Text that can be written anywhere: names and .json may hold lone surrogates."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _load(data: bytes | Reject) -> Image.Image:
+    if isinstance(data, Reject):
+        raise data
+    return open_image(data)
+
+
+def _refused(id_: str, reject: Reject) -> Picture:
+    return Picture(id_, "", id_, partial(_load, reject))
+
+
+class ParquetFiles(_Files):
+    """Parquet files with pictures in a column: bytes, or a struct with `bytes`, as `datasets` writes them.
+
+    Args:
+        path: a folder of Parquet files, a pattern, or one file.
+        image_column, text_column, concept_column: null: no captions; the caption in lower case, or the id.
+
+    Raises:
+        ConfigError: an empty path or column, or a URL that nothing here opens.
+    """
+
+    ending = ".parquet"
+    rows_at_once = 16  # read ahead of the encoder: rows of pictures are long
+
+    def __init__(
+        self,
+        path: str,
+        image_column: str = "image",
+        text_column: str | None = "text",
+        concept_column: str | None = None,
+    ) -> None:
+        super().__init__(path)
+        if not image_column:
+            raise ConfigError("images.source.image_column must be named")
+        self.image_column, self.text_column, self.concept_column = image_column, text_column, concept_column
+
+    def read(self, name: str) -> Iterator[Picture]:
+        """Rows in their order; ids are the file's name and the row's number.
+
+        Raises:
+            ConfigError: it is no Parquet file, or lacks a column.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        wanted = [each for each in (self.image_column, self.text_column, self.concept_column) if each]
+        with self._open(name) as opened:
+            try:
+                file = pq.ParquetFile(opened)
+            except pa.ArrowInvalid as error:
+                raise ConfigError(f"{name} of {self.path} is no Parquet file: {error}") from error
+            columns = file.schema_arrow.names
+            for each in wanted:
+                if each not in columns:
+                    raise ConfigError(
+                        f"{name} has no column {each!r}, only {columns}{nearest(each, columns)}"
+                    )
+            number = 0
+            for batch in file.iter_batches(self.rows_at_once, columns=wanted):
+                for row in batch.to_pylist():
+                    yield self._picture(f"{name}/{number}", row)
+                    number += 1
+
+    def _picture(self, id_: str, row: dict[str, Any]) -> Picture:
+        caption = _words(row.get(self.text_column or ""))
+        concept = _words(row.get(self.concept_column or "")) or caption.lower() or id_
+        return Picture(id_, caption, concept, partial(_load, _stored(row[self.image_column])))
+
+
+def _stored(value: Any) -> bytes | Reject:
+    """A picture's bytes from a row: plain, or in a struct as `datasets` writes them."""
+    if isinstance(value, dict):
+        value = value.get("bytes")
+    if isinstance(value, bytes):
+        return value
+    return Reject("missing", "the row holds no picture's bytes")
+
+
+class StreamedHub(Archives):
+    """One split of a data set that `datasets` streams: nothing is copied to this machine. Its own files are the pieces.
+
+    Args:
+        dataset: hub id ("user/name") or local folder.
+        image_column, text_column, concept_column: null: no captions; the caption in lower case, or the id. Class
+            labels give their names.
+        split: "train", "test" …
+        config: the data set's own configuration name, where it has several.
+        revision: branch, tag or commit on the hub; name a commit, so that every machine reads the same.
+
+    Raises:
+        ConfigError: an empty name.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        image_column: str = "image",
+        text_column: str | None = "text",
+        split: str = "train",
+        concept_column: str | None = None,
+        config: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        if not dataset or not image_column:
+            raise ConfigError("dataset and image_column must be named")
+        self.dataset, self.split, self.config, self.revision = dataset, split, config, revision
+        self.image_column, self.text_column, self.concept_column = image_column, text_column, concept_column
+        self._opened: Any = None
+
+    @property
+    def name(self) -> str:
+        return self.dataset
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}  # another process opens its own
+
+    def files(self) -> list[str]:
+        """Numbers: which files they are is the library's own affair."""
+        return [f"{n:05d}" for n in range(self._rows().num_shards)]
+
+    def content(self, name: str) -> None:
+        return None
+
+    def read(self, name: str) -> Iterator[Picture]:
+        rows = self._rows()
+        part = rows.shard(num_shards=rows.num_shards, index=int(name))
+        for number, row in enumerate(part):
+            id_ = f"{name}/{number}"
+            caption = self._text(row, self.text_column)
+            concept = self._text(row, self.concept_column) or caption.lower() or id_
+            yield Picture(id_, caption, concept, partial(_load, _stored(row[self.image_column])))
+
+    def _text(self, row: dict[str, Any], column: str | None) -> str:
+        if column is None or row[column] is None:
+            return ""
+        names = getattr(self._rows().features[column], "names", None)
+        return _words(row[column] if names is None else names[row[column]])
+
+    def _rows(self) -> Any:
+        """The data set, opened once. ConfigError if it, its split or a column is not there."""
+        if self._opened is None:
+            self._opened = self._open()
+        return self._opened
+
+    def _open(self) -> Any:
+        import datasets
+
+        try:
+            rows = datasets.load_dataset(
+                self.dataset, self.config, split=self.split, revision=self.revision, streaming=True
+            )
+            rows = rows if rows.features else rows._resolve_features()
+        except Exception as error:  # the library raises a dozen kinds for a wrong name, split or revision
+            what = f"dataset={self.dataset!r} split={self.split!r}"
+            raise ConfigError(f"{what} cannot be opened: {type(error).__name__}: {error}") from error
+        columns = list(rows.features or ())
+        for each in (self.image_column, self.text_column, self.concept_column):
+            if each and each not in columns:
+                hint = nearest(each, columns)
+                raise ConfigError(f"column {each!r} is not there; there are {columns}{hint}")
+        return rows.cast_column(self.image_column, datasets.Image(decode=False))
