@@ -23,7 +23,7 @@ STAMP := $(VENV)/.setup-$(shell cat pyproject.toml constraints.txt | cksum | cut
 # Tests and checks never ask the network for models or data.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: help setup demo smoke test check bench clean
+.PHONY: help setup demo smoke test faults check bench clean
 
 help:  ## print this list
 	@awk -F ":.*## " "/^[a-z-]+:.*## / { printf \"  make %-6s  %s\\n\", \$$1, \$$2 }" $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ smoke: setup  ## the whole road on a toy set, in a minute
 
 test: setup  ## prove it: unit, config, journey and wheel tests
 	$(OFFLINE) $(BIN)/python -m pytest tests -q $(ARGS)
+
+faults: setup  ## the faults of docs/reliability.md at full count, and its table anew (about half an hour)
+	FAULTS=full $(OFFLINE) $(BIN)/python -m pytest tests/faults -q --timeout 1800 $(ARGS)
 
 check: setup  ## lint, format, types, import contracts
 	$(BIN)/ruff check .

@@ -48,6 +48,9 @@ class Grammar:
 
     def start(self, ids_TW: Tensor) -> int:
         """State after a prompt. ValueError if the prompt itself breaks the rules."""
+        bos = self.form.vocabulary.bos
+        if not len(ids_TW) or ids_TW[0, 0] != bos or bool((ids_TW[0, 1:] != NONE).any()):
+            raise ValueError(f"a prompt must begin with <bos>, id {bos}, alone in its position")
         state = torch.tensor([TEXT])
         for row_W in ids_TW[1:]:
             state = self.advance(state, row_W[None])
@@ -57,6 +60,7 @@ class Grammar:
         """States after one more position of each row. ValueError on an id that its row's state does not allow."""
         vocabulary = self.form.vocabulary
         self._check_pictures(state_B, ids_BW)
+        self._check_words(state_B, ids_BW)
         token_B = ids_BW[:, 0]
         in_text, sizing, reading = state_B == TEXT, state_B == SIZE, state_B >= 0
         legal_B = self.text_mask()[token_B.clamp(0, vocabulary.image_offset - 1)]
@@ -71,6 +75,20 @@ class Grammar:
         if bool((next_B == SIZE)[sizing].any()):
             raise ValueError(f"ids {token_B[sizing].tolist()} where the size of an image must be announced")
         return torch.where(in_text & (token_B == vocabulary.eos), DONE, next_B)
+
+    def _check_words(self, state_B: Tensor, ids_BW: Tensor) -> None:
+        """ValueError where a row outside of pictures holds more than one id, or goes on after its end.
+
+        Finished rows of a batch are filled up with <pad>, or with <eos> (what transformers does without a <pad>).
+        """
+        vocabulary, token_B = self.form.vocabulary, ids_BW[:, 0]
+        crowded_B = (state_B < 0) & (ids_BW[:, 1:] != NONE).any(1)
+        filled_B = (token_B == vocabulary.pad) | (token_B == vocabulary.eos)
+        wrong_B = crowded_B | ((state_B == DONE) & ~filled_B)
+        if bool(wrong_B.any()):
+            row = int(wrong_B.nonzero()[0, 0])
+            wanted = "one id alone" if bool(crowded_B[row]) else "nothing, after <eos>,"
+            raise ValueError(f"ids {ids_BW[row].tolist()} in row {row}, where {wanted} must stand")
 
     def _check_pictures(self, state_B: Tensor, ids_BW: Tensor) -> None:
         """ValueError where a row that is inside a picture holds anything but what its plan says."""

@@ -313,6 +313,7 @@ class SequenceFormat:
             raise ValueError(f"a sequence of shape {tuple(ids_TW.shape)}; expected (T, {self.width})")
         if not len(ids_TW) or ids_TW[0, 0] != vocabulary.bos:
             raise ValueError("a sequence must start with <bos>")
+        self._check_text_row(ids_TW[0], 0)
         segments: list[Segment] = []
         text: list[int] = []
         t = 1
