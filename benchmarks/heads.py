@@ -1,8 +1,9 @@
-"""Heads on one trunk, and what a picture may see of itself: same data, same trunk, same number of batches.
+"""Heads on one trunk, what a picture may see of itself, what the loss counts: same data, trunk and number of batches.
 
     python benchmarks/heads.py                            # makes a store, then five runs: about 25 minutes on 2 cores
     python benchmarks/heads.py --store DIR --size gpu --batches 20000
     python benchmarks/heads.py --compare attention        # causal against bidirectional pictures, on captioning
+    python benchmarks/heads.py --compare loss             # over the ids that may follow, or over the whole vocabulary
 
 Predictions, to be held against the tables that are printed:
     heads      Image bits a picture: flat below depth_transformer below layered below delayed below parallel. Flat
@@ -11,6 +12,8 @@ Predictions, to be held against the tables that are printed:
                trains slowest.
     attention  A picture that is read as a whole is captioned better than one that is read from its upper left corner
                on: fewer bits a text token, higher word F1, on training pictures more than on held-out ones.
+    loss       Over the legal ids a picture costs no more bits than over the whole vocabulary, and a step less time.
+               (Both are measured over the legal ids.)
 
 Every cell is `lm-train` in a process of its own with a few overrides. Drawing is then timed on the bundles that they
 left, one picture and sixteen at a time, cells taking turns. Batches are equal, minutes are not: the table says how many
@@ -51,7 +54,8 @@ HEADS = {
 CAPTIONING = ["layout=stacked", "head=parallel", "learner.objective.image=0"]
 CAPTIONING += ["mixture.text_to_image=0", "mixture.image_to_text=1"]
 ATTENTION = {name: [*CAPTIONING, f"picture_attention={name}"] for name in ("causal", "bidirectional")}
-COMPARE = {"heads": HEADS, "attention": ATTENTION}
+LOSSES = {name: ["layout=stacked", f"objective={name}"] for name in ("legal", "full_vocabulary")}
+COMPARE = {"heads": HEADS, "attention": ATTENTION, "loss": LOSSES}
 TOGETHER = (1, 16)  # pictures drawn at a time
 ROUNDS = 3
 PREDICTED = ("flat", "depth_transformer", "layered", "delayed", "parallel")  # from few bits to many
@@ -176,6 +180,14 @@ def verdict(compare: str, cells: dict[str, list[dict[str, Any]]]) -> str:
         holds = all(a < b for a, b in pairwise(values))
         told = ", ".join(f"{name} {value:.1f}" for name, value in zip(PREDICTED, values, strict=True))
         return f"prediction: bits of a held-out picture rise in this order: {told}: {said(holds)}"
+    if compare == "loss":
+        values = [over(cells[name], "heldout", "image_bits_per_picture") for name in LOSSES]
+        speed = [over(cells[name], "codes_per_second") for name in LOSSES]
+        holds = values[0] <= values[1] and speed[0] > speed[1]
+        return (
+            "prediction: the loss over legal ids costs no bits of a held-out picture, and saves time: "
+            f"{values[0]:.1f} beside {values[1]:.1f} bits, {speed[0]:.0f} beside {speed[1]:.0f} codes/s: {said(holds)}"
+        )
     bits = {name: over(runs, "heldout", "text_bits") for name, runs in cells.items()}
     words = {name: over(runs, "heldout", "captioning", "word_f1") for name, runs in cells.items()}
     holds = bits["bidirectional"] < bits["causal"] and words["bidirectional"] > words["causal"]
@@ -225,8 +237,8 @@ def main() -> int:
         parser.error(f"--cells {unknown[0]}: choose from {', '.join(COMPARE[asked.compare])}")
     store = CodeStore.open(asked.store or make_store(asked))
     cells = {name: [cell(name, asked, store, seed) for seed in range(asked.seeds)] for name in names}
-    seconds = drawing_seconds(names, asked) if asked.compare == "heads" else {}
-    print(f"\n{heads_table(cells, seconds) if asked.compare == 'heads' else attention_table(cells)}")
+    seconds = {} if asked.compare == "attention" else drawing_seconds(names, asked)
+    print(f"\n{attention_table(cells) if asked.compare == 'attention' else heads_table(cells, seconds)}")
     print(verdict(asked.compare, cells), flush=True)
     if asked.out:
         told = {
