@@ -14,14 +14,16 @@
 # One model reads and writes text and pictures as one sequence of ids. Here it draws prompts, describes a picture,
 # goes on from a mixed prompt, and you look at the ids behind all that.
 #
-# Run as it is, this takes a minute or two: it trains a toy on drawn shapes, which shows how things work and draws
-# badly. After `make demo` it finds the real model.
+# Run as it is, this takes a minute or two: it trains a toy that knows 252 drawn shapes and nothing else. After
+# `make demo` it finds the real model. What happens inside is in [`lm/pipeline.py`](../lm/pipeline.py).
 
 # %%
+import io
 import os
 import subprocess
 import sys
 import tempfile
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
@@ -40,6 +42,11 @@ TOY_PROMPT = "a large red circle, left"  # the toy knows nothing but shapes
 scratch = tempfile.TemporaryDirectory()  # removed with this notebook's kernel
 
 
+def quietly() -> redirect_stderr:
+    """Without progress bars, which are made for terminals."""
+    return redirect_stderr(io.StringIO())
+
+
 # %%
 def command(module: str, *arguments: str) -> None:
     """One of the commands, as you would type it: "vq.train" is vq-train."""
@@ -52,10 +59,18 @@ def make_toy() -> Path:
     """The whole road in three commands: pictures, tokenizer, codes, language model."""
     vq, store, out = (Path(scratch.name, name) for name in ("vq", "store", "lm"))
     images = ("images=shapes", "images.size=32")
-    longer = "learner.budget.batches=400"
-    command("vq.train", *images, "vq_size=smoke", longer, f"out={vq}")
+    wider = (
+        "tokenizer.encoder.channels=[32,64]",
+        "tokenizer.quantizer.dim=16",
+        "tokenizer.quantizer.depth=3",
+    )
+    longer = ("learner.optimizer.lr=3e-3", "learner.budget.batches=500")
+    command("vq.train", *images, "vq_size=smoke", *wider, *longer, f"out={vq}")
     command("vq.encode", *images, f"tokenizer={vq}/tokenizer", f"out={store}")
-    command("lm.train", "lm_size=smoke", longer, f"store={store}", f"out={out}")
+    wider = ("lm.config.hidden_size=96", "lm.config.head_dim=48", "lm.config.intermediate_size=192")
+    longer = ("learner.optimizer.lr=3e-3", "learner.budget.batches=450", "learner.objective.text=1")
+    more = ("mixture.image_to_text=0.3", "mixture.text_to_image=0.7", "precision=fp32")
+    command("lm.train", "lm_size=smoke", *wider, *longer, *more, f"store={store}", f"out={out}")
     return out / "model"
 
 
@@ -70,29 +85,70 @@ def find_model() -> Path | None:
 folder = find_model()
 prompt = PROMPT if folder else TOY_PROMPT
 folder = folder or make_toy()
-pipe = Pipeline.from_pretrained(folder)
+with quietly():
+    pipe = Pipeline.from_pretrained(folder)
 parameters = sum(p.numel() for p in pipe.model.parameters())
 print(f"{parameters / 1e6:.2f} M parameters, {pipe.model.form.vocabulary.size} ids")
 
 # %% [markdown]
 # ## Draw
 #
-# *Guidance* says how closely to follow the prompt: 1 is the model's own distribution, more exaggerates what the
-# prompt changes in it. Each row is one value, from the same seed.
+# *Guidance* says how closely to follow the prompt. With logits $c$ under the prompt and $u$ without one, a code is
+# drawn from the logits $u + s\,(c - u)$: $s = 1$ is the model's own distribution, more exaggerates what the prompt
+# changes in it, too much tears pictures apart. Each row is one value, from the same seeds.
 
 # %%
-guidances = [1.0, 2.0, 4.0]
-rows = [pipe.generate(prompt, n=4, guidance=g, temperature=0.7, seed=1) for g in guidances]
+guidances = [0.0, 1.0, 2.0, 8.0]
+rows = [pipe.generate(prompt, n=4, guidance=g, temperature=0.3, seed=1) for g in guidances]
 contact_sheet(rows, [[f"guidance {g:g}"] * 4 for g in guidances], title=prompt)
 
 # %% [markdown]
-# *Temperature* says how far to stray from the most probable code: 0 always takes that one, so all pictures of a
-# row are equal.
+# *Temperature* $t$ divides the logits before a code is drawn: below 1 the probable codes gain, above 1 the others do.
+# 0 always takes the most probable code, so all pictures of that row are equal.
 
 # %%
-temperatures = [0.0, 0.7, 1.2]
-rows = [pipe.generate(prompt, n=4, guidance=2.0, temperature=t, seed=1) for t in temperatures]
+temperatures = [0.0, 0.3, 0.6, 1.2]
+rows = [pipe.generate(prompt, n=4, guidance=1.2, temperature=t, seed=1) for t in temperatures]
 contact_sheet(rows, [[f"temperature {t:g}"] * 4 for t in temperatures], title=prompt)
+
+# %% [markdown]
+# ## Re-ranking
+#
+# Draw several and keep the best. Which is best, the same model can say: it also writes captions, so
+# $\log p(\text{prompt} \mid \text{picture})$ is at hand (`rank`; 0 would be certain). Below, eight pictures at a
+# temperature that is too high, the most fitting one first; `generate(…, best_of=8)` returns that one.
+
+# %%
+candidates = pipe.generate(prompt, n=8, guidance=1.0, temperature=0.7, seed=3)
+fits = pipe.rank(prompt, candidates)
+order = sorted(range(len(fits)), key=lambda i: -fits[i])
+contact_sheet(
+    [[candidates[i] for i in order]], [[f"{fits[i]:.1f}" for i in order]], title=f"log p of {prompt!r}"
+)
+
+# %%
+best = pipe.generate(prompt, n=4, guidance=1.0, temperature=0.7, seed=4, best_of=4)
+first = pipe.generate(prompt, n=4, guidance=1.0, temperature=0.7, seed=4)
+contact_sheet([first, best], [["as they come"] * 4, ["best of 4"] * 4], title=prompt)
+
+# %% [markdown]
+# ## Redraw a part
+#
+# `inpaint` keeps some cells and draws the others (grey) anew; `vary` does so for cells that it picks itself.
+
+# %%
+own = pipe.generate(prompt, guidance=1.2, temperature=0.0)[0]
+grid_h, grid_w = pipe.model.form.grid
+redraw_hw = torch.zeros(grid_h, grid_w, dtype=torch.bool)
+redraw_hw[grid_h // 2 :] = True
+box = (0, own.height // 2, own.width, own.height)
+hidden = own.copy()
+hidden.paste("grey", box)
+redrawn = pipe.inpaint(own, redraw_hw, prompt, n=3, temperature=0.6)
+varied = pipe.vary(own, share=0.3, prompt=prompt, n=5, temperature=0.6)
+contact_sheet(
+    [[own, hidden, *redrawn], varied], [["whole", "redrawn: grey", *["redrawn"] * 3], ["30% redrawn"] * 5]
+)
 
 # %% [markdown]
 # ## Describe
@@ -100,7 +156,6 @@ contact_sheet(rows, [[f"temperature {t:g}"] * 4 for t in temperatures], title=pr
 # The same model the other way round: first a picture that it drew itself, then one that we draw.
 
 # %%
-own = pipe.generate(prompt, guidance=2.0, temperature=0.7, seed=1)[0]
 given = draw("large", "blue", "square", "middle", side=128)
 captions = pipe.captions([own, given], limit=16)
 contact_sheet([[own, given]], [[caption or "(no words)" for caption in captions]], tile=160)
@@ -117,7 +172,7 @@ words_of_prompt = prompt.split()
 beginning = " ".join(words_of_prompt[: -(-len(words_of_prompt) // 2)])
 parts, labels = [], []
 for start in ([beginning], [given], ["a large blue square", given, prompt]):
-    answer = pipe.complete(start, limit=16, max_images=1, temperature=0.7, seed=1)
+    answer = pipe.complete(start, limit=16, max_images=1, temperature=0.3, seed=1)
     told = [part if isinstance(part, str) else "[picture]" for part in start]
     print(told, "→", [part if isinstance(part, str) else "[picture]" for part in answer])
     drawn = [part for part in answer if not isinstance(part, str)]
@@ -151,11 +206,24 @@ print(ids_TW.numpy())
 # none of this package, which adds the grammar, guidance, the head for several codes per cell, and pixels.
 
 # %%
-plain = AutoModelForCausalLM.from_pretrained(folder)
-words = AutoTokenizer.from_pretrained(folder)
+with quietly():
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    words = AutoTokenizer.from_pretrained(folder)
 print(type(plain).__name__, "with", type(words).__name__)
 print(words.convert_ids_to_tokens(ids_TW[:, 0].tolist()))
 
 text_ids = torch.tensor([[form.vocabulary.bos, *pipe.encode_text(prompt)]])
 next_id = int(plain(text_ids).logits[0, -1].argmax())
 print("after the prompt it expects", words.convert_ids_to_tokens(next_id))
+
+# %% [markdown]
+# ## What to try next
+#
+# - Your prompts; three at once: `pipe.generate(["…", "…", "…"], n=4)`.
+# - `top_k`, `top_p` and `min_p` of [`lm/decoding.py`](../lm/decoding.py): they cut unlikely codes off, so a higher
+#   temperature does less harm. `deeper=0.7` is a cooler one for each further depth.
+# - High guidance without its colours: `generate(prompt, guidance=6, parallel=0)` projects it (APG), `ramp=0.5` lets it
+#   rise.
+# - The same from a shell: `lm-generate model=DIR prompt="…" n=8 temperature=0.7`, or with a page: `lm-serve model=DIR`.
+# - How it was trained: [training](training.ipynb). Stories in words and pictures, and editing:
+#   [interleaved](interleaved.ipynb).

@@ -14,8 +14,9 @@
 # An image tokenizer turns a picture into a small grid of integers, the *codes*, and codes back into a picture.
 # Here you look at the codes, and then you change them and see what happens.
 #
-# Run as it is, this takes seconds: it uses drawn shapes and trains a toy tokenizer on them, whose pictures are
-# rough. After `make demo` it finds the real one.
+# Run as it is, this takes half a minute: it uses drawn shapes and trains a toy tokenizer on them, whose pictures are
+# a little rough. After `make demo` it finds the real one. What happens inside is in
+# [`vq/tokenizer.py`](../vq/tokenizer.py).
 
 # %%
 import os
@@ -25,6 +26,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from matplotlib import colormaps
 from PIL import Image
 
 from vq import ImageTokenizer
@@ -52,7 +54,11 @@ def find_or_train() -> Path:
         "images=shapes",
         "vq_size=smoke",
         "images.size=32",
-        "learner.budget.batches=400",
+        "tokenizer.encoder.channels=[32,64]",
+        "tokenizer.quantizer.dim=16",
+        "tokenizer.quantizer.depth=3",
+        "learner.optimizer.lr=3e-3",
+        "learner.budget.batches=600",
         f"out={out}",
     ]
     done = subprocess.run([sys.executable, "-m", "vq.train", *arguments], capture_output=True, text=True)
@@ -79,6 +85,11 @@ captions = ["a large red circle, left", "a large blue square, right"]
 captions += ["a large green triangle, middle", "a medium black bar, middle"]
 x_BCHW = torch.stack([to_pixels(drawings[caption].load(), size) for caption in captions])
 
+
+def pictures(x_BCHW: torch.Tensor) -> list[Image.Image]:
+    return [to_image(x_CHW) for x_CHW in x_BCHW]
+
+
 codes_BhwQ = tokenizer.encode(x_BCHW)
 print("codes", tuple(codes_BhwQ.shape), codes_BhwQ.dtype)
 for depth in range(Q):
@@ -86,16 +97,29 @@ for depth in range(Q):
     print(codes_BhwQ[0, :, :, depth].numpy())
 
 # %% [markdown]
+# The same as colours, a row for each depth: like places have like codes, and codes have no order, so that two colours
+# that are near say nothing.
+
+# %%
+maps = codes_BhwQ.double() / max(1, K - 1)
+
+
+def as_colours(codes_hw: torch.Tensor) -> Image.Image:
+    """Codes as a picture of as many pixels as there are cells, enlarged."""
+    return Image.fromarray((colormaps["nipy_spectral"](codes_hw)[..., :3] * 255).astype("uint8"))
+
+
+rows = [[as_colours(map_hwQ[..., depth]) for map_hwQ in maps] for depth in range(Q)]
+contact_sheet(
+    [pictures(x_BCHW), *rows], [captions, *[[f"depth {depth}"] * len(captions) for depth in range(Q)]]
+)
+
+# %% [markdown]
 # ## Decode
 #
 # Originals above, what comes back from the codes below.
 
-
 # %%
-def pictures(x_BCHW: torch.Tensor) -> list[Image.Image]:
-    return [to_image(x_CHW) for x_CHW in x_BCHW]
-
-
 decoded_BCHW = tokenizer.decode(codes_BhwQ)
 scores = [f"{psnr(a[None], b[None]):.1f} dB" for a, b in zip(decoded_BCHW, x_BCHW, strict=True)]
 contact_sheet([pictures(x_BCHW), pictures(decoded_BCHW)], [captions, scores])
@@ -103,8 +127,9 @@ contact_sheet([pictures(x_BCHW), pictures(decoded_BCHW)], [captions, scores])
 # %% [markdown]
 # ## What each depth adds
 #
-# A cell's latent is the sum of one vector from each depth's codebook; each depth describes what the ones before
-# left over. Stop the sum early and decode: coarse first, then details.
+# A cell's latent is the sum of one vector from each depth's codebook, $z = e_1 + e_2 + \dots + e_Q$; each depth
+# describes what the ones before left over. Stop the sum early and decode: coarse first, then details. PSNR is
+# $10 \log_{10}(4 / \text{mean}\,(x - \hat x)^2)$ dB: 3 dB more is half the error.
 
 
 # %%
@@ -118,8 +143,12 @@ def decode_first(codes_BhwQ: torch.Tensor, depths: int) -> torch.Tensor:
 
 assert torch.allclose(decode_first(codes_BhwQ, Q), decoded_BCHW, atol=1e-4)  # all of them: the picture itself
 
-rows = [pictures(decode_first(codes_BhwQ, depths)) for depths in range(1, Q + 1)]
-contact_sheet(rows, [[f"{depths} of {Q}"] * len(captions) for depths in range(1, Q + 1)])
+partial = [decode_first(codes_BhwQ, depths) for depths in range(1, Q + 1)]
+labels = [
+    [f"{depths} of {Q}: {psnr(a[None], b[None]):.1f} dB" for a, b in zip(each, x_BCHW, strict=True)]
+    for depths, each in enumerate(partial, start=1)
+]
+contact_sheet([pictures(each) for each in partial], labels)
 
 # %% [markdown]
 # ## Swap codes between two pictures
@@ -153,3 +182,13 @@ for depth, (used, perplexity) in enumerate(zip(result["used"], result["perplexit
 chart = Path(scratch.name, "code_use.png")
 plot_code_use({"shapes": use.counts_QK}, chart)
 Image.open(chart)
+
+# %% [markdown]
+# ## What to try next
+#
+# - Pictures of your own: `to_pixels(open_image("cat.jpg"), size)`. What becomes of what the tokenizer never saw?
+# - Swap depth 1 instead of depth 0; shift a picture by a cell with `codes.roll(1, 1)`.
+# - Another quantizer: `vq-train images=shapes vq_size=smoke quantizer=fsq out=runs/fsq`, then `TOKENIZER` above. What
+#   others there are, and what they cost: [docs/tokenizers.md](../docs/tokenizers.md).
+# - Watch one learn, from Python: [training](training.ipynb). Let a language model write the codes:
+#   [generation](generation.ipynb).
