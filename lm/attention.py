@@ -25,7 +25,10 @@ NARROWER = (torch.float32, torch.bfloat16, torch.float16)  # or as wide
 
 def suits(lm: PreTrainedModel) -> bool:
     """Whether a model's attention can be exchanged for this one: it is on a CPU, and would call torch's own."""
-    own = lm.config._attn_implementation == "sdpa" and getattr(lm, "_supports_attention_backend", False)
+    # another thread may be decoding with the same model right now
+    own = lm.config._attn_implementation in ("sdpa", NAME) and getattr(
+        lm, "_supports_attention_backend", False
+    )
     weight = next(lm.parameters())
     return bool(own) and weight.device.type == "cpu" and weight.dtype in NARROWER
 

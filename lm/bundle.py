@@ -28,12 +28,13 @@ from lm.vocab import IMAGE_END, IMAGE_START, ROW_END, Vocabulary, grid_name
 from vqlm import __version__
 from vqlm.checkpoint import describe, load_tensors, rebuild
 from vqlm.errors import ConfigError, nearest
-from vqlm.files import seal_is_broken, sha256
+from vqlm.files import seal_is_broken, sealed, sha256, write_json
 
 FORMAT = 1
 HEADS = (LinearHead, ParallelHead, LayeredHead, DepthTransformerHead)  # that a bundle may name
 PLAIN_HEADS = (LinearHead.__name__, LayeredHead.__name__)  # that have no weights in the flat layout
 PROCESSOR = {"processor_class": "VqlmProcessor"}  # processor_config.json: what AutoProcessor looks for
+WRITTEN_AFTER = ("multimodal.json", "metrics.json", "processor_config.json")  # no part of the models
 FILES = (  # of a bundle, for others; what else may lie in a folder is not sent anywhere
     "README.md",
     "config.json",
@@ -82,6 +83,10 @@ def read_about(folder: Path) -> dict[str, Any]:
     """multimodal.json of a bundle; ConfigError if there is none, or of another format."""
     path = folder / "multimodal.json"
     if not path.is_file():
+        if (folder / "model" / "multimodal.json").is_file():
+            raise ConfigError(
+                f"no model at {folder}: it is a run's folder, whose model is {folder / 'model'}"
+            )
         siblings = [p.parent.name for p in folder.parent.glob("*/multimodal.json")]
         raise ConfigError(f"no model at {folder}: multimodal.json is missing{nearest(folder.name, siblings)}")
     try:
@@ -103,7 +108,10 @@ def check_files(folder: Path, about: dict[str, Any]) -> None:
 
     Older bundles have no sums, and are read as they are.
     """
-    advice = "Copy the folder anew; if the change is meant, take files and seal out of multimodal.json"
+    advice = (
+        "Copy the folder anew; if it was changed on purpose, save it with vqlm (`Pipeline`, `VqlmProcessor`), or "
+        'take "files" and "seal" out of multimodal.json'
+    )
     with _damage(folder):
         broken, sums = seal_is_broken(about), about.get("files", {})
         if broken or not isinstance(sums, dict):
@@ -112,13 +120,16 @@ def check_files(folder: Path, about: dict[str, Any]) -> None:
         path = folder / Path(name).name
         if path.is_file() and sha256(path) != saved:  # what is missing is missed by who needs it
             raise ConfigError(
-                f"{path} is damaged: its SHA-256 is not that of the file that was saved. {advice}"
+                f"{path} is damaged or was changed: its SHA-256 is not that of the file that was saved. {advice}"
             )
 
 
-def file_sums(folder: Path) -> dict[str, str]:
-    """Name → SHA-256 of each file that lies in a folder, for `check_files`."""
-    return {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+def write_about(folder: Path, about: dict[str, Any]) -> None:
+    """Write multimodal.json, with the sums of the models' files that lie beside it, for `check_files`."""
+    models = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".json")]
+    sums = {path.name: sha256(path) for path in models if path.name not in WRITTEN_AFTER}
+    plain = {name: value for name, value in about.items() if name not in ("files", "seal")}
+    write_json(folder / "multimodal.json", sealed({**plain, "files": sums}))
 
 
 def read_parts(about: dict[str, Any], folder: Path, config: Any) -> tuple[SequenceFormat, Head, Sampling]:
@@ -141,7 +152,7 @@ def read_parts(about: dict[str, Any], folder: Path, config: Any) -> tuple[Sequen
             there = (
                 "has no weights, but head.safetensors is there"
                 if weights.is_file()
-                else "needs head.safetensors"
+                else "needs head.safetensors (or an older vqlm wrote it: train it again)"
             )
             raise ConfigError(f"its {type(head).__name__} {there}")
         if head.state_dict():
@@ -235,7 +246,9 @@ def check_shapes(head: Head, path: Path) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
     if found != wanted:
         wrong = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
-        raise ConfigError(f"{path.name} does not fit its {type(head).__name__}: {wrong[:4]}")
+        raise ConfigError(
+            f"{path.name} does not fit its {type(head).__name__}: {wrong[:4]}. If an older vqlm wrote it, train again"
+        )
 
 
 def check_codes(form: SequenceFormat, images: ImageTokenizerLike) -> None:

@@ -6,9 +6,11 @@ what was given. It does not know how numbers are measured (`lm.metrics`).
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, Protocol
 
 from lm.bundle import is_plain
+from lm.decoding import Sampling
 from lm.sequence import SequenceFormat
 from vqlm.card import front_matter, licence_line, number, plain, table
 
@@ -115,7 +117,11 @@ def _text(text: Any) -> str:
 def _drawn_with(sampling: Any) -> str:
     if not isinstance(sampling, dict):
         return ""
-    given = {name: number(sampling, name, form="g") for name in ("guidance", "temperature", "top_k", "top_p")}
+    plain_values = asdict(Sampling())
+    chosen = [
+        n for n in plain_values if n in ("guidance", "temperature") or sampling.get(n) != plain_values[n]
+    ]
+    given = {name: number(sampling, name, form="g") for name in chosen}
     return f"Drawn with {', '.join(f'{name} {value}' for name, value in given.items() if value != '–')}."
 
 
@@ -150,9 +156,7 @@ picture = processor.post_process_multimodal_output(ids, generation_mode="image")
 
 
 def _trained(metrics: dict[str, Any], trained_on: str | None) -> str:
-    told = (
-        plain(trained_on) if trained_on else "Whoever uploaded this has not said which pictures and captions."
-    )
+    told = plain(trained_on) if trained_on else "Which pictures and captions is not said here."
     documents = number(metrics, "run", "documents", form=",d")
     batches = number(metrics, "run", "batches", form=",d")
     counts = "" if documents == "–" else f" {documents} documents were read in {batches} batches."

@@ -327,7 +327,8 @@ class Decoder:
         visible_BTS[..., PADDING] = slots_BT == PADDING  # padding sees padding: an empty row would be NaN
         self._open_given(branches, visible_BTS, T)
         positions_BT = (slots_BT - 1).clamp(min=0)
-        with self.weights.used(), attention.used(self.model.lm) if self.attends else nullcontext():
+        attending = attention.used(self.model.lm) if self.attends else nullcontext()
+        with self.weights.used(), attending:
             made = self.model.step(
                 new_BTW.to(self.device),
                 visible_BTS[:, None].to(self.device),

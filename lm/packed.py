@@ -9,6 +9,7 @@ Legend: N outputs, C inputs.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,10 +26,12 @@ TYPICAL = 16  # rows of a step, for which the layout is chosen
 
 def weights_of(model: MultimodalLM) -> PackedWeights:
     """The packed weights of a model, up to date; kept as long as the model is."""
-    found = _KEPT.get(model)
-    if found is None:
-        found = _KEPT[model] = PackedWeights(model)
-    found.refresh()
+    with _LOCK:
+        found = _KEPT.get(model)
+        if found is None:
+            found = _KEPT[model] = PackedWeights(model)
+    with found.lock:
+        found.refresh()
     return found
 
 
@@ -40,6 +43,7 @@ class PackedWeights:
         self.layers: dict[nn.Linear, tuple[int, Callable[[Tensor], Tensor]]] = {}
         self.rows: list[Callable[[Tensor], Tensor]] = []
         self.rows_version = -1
+        self.lock = threading.RLock()  # decoding exchanges parts of the model for the length of a pass
 
     @property
     def model(self) -> MultimodalLM:
@@ -81,14 +85,15 @@ class PackedWeights:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """For the length of the block the model's linear layers read packed weights."""
-        for layer, (_, multiply) in self.layers.items():
-            layer.forward = multiply  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            for layer in self.layers:
-                del layer.forward  # the class's own shows again
+        """For the length of the block the model's linear layers read packed weights, and no other thread gets here."""
+        with self.lock:
+            for layer, (_, multiply) in self.layers.items():
+                layer.forward = multiply  # type: ignore[method-assign]
+            try:
+                yield
+            finally:
+                for layer in self.layers:
+                    del layer.forward  # the class's own shows again
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """As `MultimodalLM.text_logits`."""
@@ -102,6 +107,7 @@ class PackedWeights:
 
 
 _KEPT: weakref.WeakKeyDictionary[MultimodalLM, PackedWeights] = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
 
 
 def packed(weight_NC: Tensor, bias_N: Tensor | None) -> Callable[[Tensor], Tensor]:

@@ -28,12 +28,12 @@ from lm.bundle import (
     check_codes,
     check_files,
     check_names,
-    file_sums,
     is_plain,
     read_about,
     read_format,
     read_metrics,
     read_parts,
+    write_about,
 )
 from lm.card import card
 from lm.decoding import Drawing, Sampling, Watch, draw_all, draw_images, draw_text, likelihoods, unwatched
@@ -56,7 +56,7 @@ from vq.images import (
 from vq.store import CodeStore
 from vq.tokenizer import ImageTokenizer
 from vqlm.errors import ConfigError
-from vqlm.files import new_folder, sealed, write_json, write_text
+from vqlm.files import new_folder, write_json, write_text
 from vqlm.hardware import Device, detect
 from vqlm.hub import Hub, check_repo_id, local_folder, upload
 
@@ -133,8 +133,11 @@ class Translator:
         x_CHW = to_pixels(to_rgb(picture), nearest_shape(self.sizes, *picture.size))
         return Image(self.images.encode(x_CHW[None].to(self.device))[0].cpu())
 
-    def segments(self, parts: Sequence[str | PILImage.Image]) -> list[Segment]:
+    def segments(self, parts: str | PILImage.Image | Sequence[str | PILImage.Image]) -> list[Segment]:
         """Text and pictures in any order → segments that are read and not learnt. ValueError on other things."""
+        parts = (
+            [parts] if isinstance(parts, str | PILImage.Image) else parts
+        )  # a string's parts are its letters
         segments: list[Segment] = []
         for part in parts:
             if isinstance(part, str):
@@ -251,7 +254,7 @@ class Pipeline(Translator):
             head = {k: v.detach().cpu().contiguous().clone() for k, v in self.model.head.state_dict().items()}
             if head:
                 save_file(head, str(part / "head.safetensors"))
-            write_json(part / "multimodal.json", sealed({**self.about, "files": file_sums(part)}))
+            write_about(part, self.about)
             if is_plain(self.about, self.form):
                 write_json(part / "processor_config.json", PROCESSOR)
             self.save_card(part)
@@ -466,7 +469,7 @@ class Pipeline(Translator):
 
     def complete(
         self,
-        prompt: list[str | PILImage.Image],
+        prompt: str | PILImage.Image | list[str | PILImage.Image],
         limit: int = 64,
         max_images: int = 1,
         min_images: int = 0,

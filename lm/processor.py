@@ -35,11 +35,11 @@ from transformers import (
     ProcessorMixin,
 )
 
-from lm.bundle import PROCESSOR, check_plain, read_about
+from lm.bundle import PROCESSOR, check_files, check_plain, read_about, write_about
 from lm.logits_processor import GrammarProcessor
 from lm.pipeline import Translator
 from lm.sequence import Segment, Text
-from vqlm.files import write_json, write_text
+from vqlm.files import write_text
 from vqlm.hub import local_folder
 
 PLACE = "<image>"  # where a picture stands in a text; only as many as pictures are given
@@ -77,15 +77,17 @@ class VqlmProcessor(ProcessorMixin):
         AutoProcessor gives beside it (`trust_remote_code`, …) has no use here: there is no code in a bundle.
         """
         folder = local_folder(pretrained_model_name_or_path, revision)
+        about = read_about(folder)
+        check_files(folder, about)
         translator = Translator.from_pretrained(folder)
-        return cls(translator.tokenizer, translator, read_about(folder))
+        return cls(translator.tokenizer, translator, about)
 
     def save_pretrained(self, save_directory: str | Path, **ignored: Any) -> list[str]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Write text tokenizer, vq/, multimodal.json and processor_config.json into a folder, beside what is there."""
         folder = Path(save_directory)
         self.tokenizer.save_pretrained(folder)
         self.translator.images.save_pretrained(folder / "vq")
-        write_json(folder / "multimodal.json", self.about)
+        write_about(folder, self.about)
         write_text(folder / "processor_config.json", self.to_json_string())
         return [str(folder / "processor_config.json")]
 
@@ -287,13 +289,20 @@ def place(images: Any, text: str | Sequence[str] | None) -> list[list[Part]]:
         if images is None:
             raise ValueError("neither text nor images: nothing to prepare")
         return [[picture] for picture in flat(images)]
-    texts = [text] if isinstance(text, str) else list(text)
+    texts = [text] if isinstance(text, str) else list(text) if isinstance(text, list | tuple) else []
     if not texts or not all(isinstance(each, str) for each in texts):
         raise ValueError("text must be a string or a list of strings")
     split = [AROUND.split(each) for each in texts]
     counts = [len(pieces) - 1 for pieces in split]
-    if is_nested(images) and [len(each) for each in images] != counts:
-        raise ValueError(f"texts have {counts} places {PLACE}, and {[len(each) for each in images]} images")
+    if is_nested(images):
+        if not all(isinstance(each, list | tuple) for each in images):
+            raise ValueError(
+                "images hold both pictures and lists of pictures: one list, or a list for each text"
+            )
+        if [len(each) for each in images] != counts:
+            raise ValueError(
+                f"texts have {counts} places {PLACE}, and {[len(each) for each in images]} images"
+            )
     pictures = flat(images)
     if len(pictures) != sum(counts):
         raise ValueError(
@@ -325,20 +334,30 @@ def flat(images: Any) -> list[PILImage.Image]:
 def parts_of(conversation: Sequence[Any]) -> list[Part]:
     """The texts and pictures of a conversation's messages. ValueError on anything else."""
     parts: list[Part] = []
+    if not conversation:
+        raise ValueError("a conversation without messages: nothing to prepare")
     for message in conversation:
         content = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(content, str | list | tuple):
+            raise ValueError(
+                f"a message is {message!r}; allowed: {{'role': …, 'content': a string, or a list of parts}}"
+            )
         if isinstance(content, str):
             parts.append(content)
             continue
-        for part in content or []:
-            value = {"text": str, "image": PILImage.Image}.get(part.get("type"))
-            found = part.get(part.get("type"))
-            if value is None or not isinstance(found, value):
+        for part in content:
+            if not isinstance(part, dict):
                 raise ValueError(
-                    f"a part of type {part.get('type')!r} holds {type(found).__name__}; allowed: "
+                    f"a part is {part!r}; allowed: {{'type': 'text', 'text': …}} and images alike"
+                )
+            kind = str(part.get("type"))
+            found = part.get(kind)
+            if not isinstance(found, {"text": str, "image": PILImage.Image}.get(kind, ())):
+                raise ValueError(
+                    f"a part of type {kind!r} holds {type(found).__name__}; allowed: "
                     '{"type": "text", "text": str} and {"type": "image", "image": a PIL image}'
                 )
-            parts.append(found)
+            parts.append(found)  # pyright: ignore[reportArgumentType]  checked right above
     return parts
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import posixpath
 import shutil
 import tarfile
@@ -25,17 +26,18 @@ from dataclasses import replace
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from PIL import Image
 
 from vq.data import Picture
 from vq.images import EXTENSIONS, Reject, open_image
 from vqlm.errors import ConfigError, nearest
-from vqlm.places import check_protocol, is_url
+from vqlm.places import checked_url, is_url
 
 LARGEST_PICTURE = 2**28  # bytes of one compressed picture; more is taken for a mistake, or an attack
 LARGEST_TEXT = 2**20  # bytes of one caption or of one .json
+LARGEST_HEADER = 2**16  # bytes of a tar's long name or pax records, which `tarfile` reads whole
 
 
 class Archives:
@@ -73,7 +75,7 @@ class _Files(Archives):
         if not path:
             raise ConfigError("images.source.path must not be empty")
         if is_url(path):
-            check_protocol(path)
+            path = checked_url(path)
         self.path = path
         # what is below the last part without a wildcard names a file
         parts = path.split("/")
@@ -89,14 +91,14 @@ class _Files(Archives):
 
     def files(self) -> list[str]:
         system, root, pattern = self._system()
-        found = system.glob(pattern) if pattern != root else system.find(root)
+        found = system.glob(pattern, detail=True) if pattern != root else system.find(root, detail=True)
+        ours = {each: info for each, info in found.items() if each.endswith(self.ending) and each != root}
         names = sorted(
-            each.removeprefix(root).lstrip("/")
-            for each in found
-            if each.endswith(self.ending) and each != root
+            each.removeprefix(root).lstrip("/") for each, info in ours.items() if not _is_folder(system, info)
         )
         if not names:
-            raise ConfigError(f"images.source.path={self.path}: no file there ends in {self.ending}")
+            folder = next((f"; {each} is a folder, which is named with a / at its end" for each in ours), "")
+            raise ConfigError(f"images.source.path={self.path}: no file there ends in {self.ending}{folder}")
         return names
 
     def content(self, name: str) -> str:
@@ -137,6 +139,27 @@ class _Files(Archives):
         return f"{self._held[1].name}/file"
 
 
+def _is_folder(system: Any, info: dict[str, Any]) -> bool:
+    """Whether an entry of a listing is a folder, or a link to one."""
+    return info["type"] == "directory" or bool(info.get("islink") and system.isdir(info["name"]))
+
+
+@contextmanager
+def _damage(name: str, *kinds: type[Exception]) -> Iterator[None]:
+    """What a damaged file makes a library raise, the library's own `kinds` among it, becomes a "damaged-file" reject.
+
+    Only calls of that library belong inside. Memory that is short, and an OSError with a number, which is of the disk
+    or of the network, say nothing about the file and pass.
+    """
+    wrong = (EOFError, LookupError, OSError, OverflowError, RecursionError, ValueError)
+    try:
+        yield
+    except (*kinds, *wrong) as error:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
+            raise
+        raise Reject("damaged-file", f"{name}: {error}") from error
+
+
 class Tars(_Files):
     """Tars in the manner of webdataset: files that share all but what follows the first dot belong together.
 
@@ -166,37 +189,34 @@ class Tars(_Files):
     def read(self, name: str) -> Iterator[Picture]:
         """In their order in the tar. A tar that is cut or damaged ends with a reject, "damaged-file".
 
-        Where a name comes twice, the second id ends in "#2".
+        Where a name comes twice, the second id ends in "#2", or in the next number that is free.
         """
         times: Counter[str] = Counter()
         for picture in self._samples(name):
-            times[picture.id] += 1
-            count = times[picture.id]
-            yield picture if count == 1 else replace(picture, id=f"{picture.id}#{count}")
+            id_ = picture.id
+            while id_ in times:
+                times[picture.id] += 1
+                id_ = f"{picture.id}#{times[picture.id]}"
+            times[id_] = 1
+            yield replace(picture, id=id_)
 
     def _samples(self, name: str) -> Iterator[Picture]:
-        key, parts = None, {}
+        """An ending that the sample has already begins another one."""
+        key, parts, damage = None, {}, None
         with self._open(name) as file:
             try:
-                with tarfile.open(fileobj=file, mode="r|") as tar:
-                    for member in tar:
-                        if not member.isreg():
-                            continue  # links and devices lead elsewhere
-                        stem, ending = _stem(member.name)
-                        if stem != key and parts:
-                            yield from self._sample(name, key, parts)
-                            parts = {}
-                        key = stem
-                        parts[ending] = _member(tar, member, ending)
-            except (tarfile.TarError, EOFError, OSError) as error:
-                if isinstance(error, OSError) and error.errno:
-                    raise  # not the file, but the way to it
-                if parts:
-                    yield from self._sample(name, key, parts)
-                yield _refused(f"{name}/{key or ''}#", Reject("damaged-file", f"{name}: {error}"))
-                return
+                for path, data in _members(name, file):
+                    stem, ending = _stem(path)
+                    if parts and (stem != key or ending in parts):
+                        yield from self._sample(name, key, parts)
+                        parts = {}
+                    key, parts[ending] = stem, data
+            except Reject as reject:
+                damage = reject
         if parts:
             yield from self._sample(name, key, parts)
+        if damage:
+            yield _refused(f"{name}/{key or ''}#", damage)
 
     def _sample(self, name: str, key: str | None, parts: dict[str, bytes | Reject]) -> Iterator[Picture]:
         """The pictures of one sample: mostly one. None where there is only text."""
@@ -209,6 +229,48 @@ class Tars(_Files):
             yield Picture(id_, caption, concept, partial(_load, parts[each]))
 
 
+class _Header(tarfile.TarInfo):
+    """One block of a tar's headers. ReadError if what follows it would be read whole and is too long.
+
+    A length below zero would read all of the file, or lead back to what was read before.
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> Self:
+        header = super().frombuf(buf, encoding, errors)
+        is_file = header.isreg() or header.type not in tarfile.SUPPORTED_TYPES
+        if header.size < 0 or (not is_file and header.size > LARGEST_HEADER):
+            raise tarfile.ReadError(f"a header of {header.size} bytes, at most {LARGEST_HEADER} are read")
+        return header
+
+
+def _members(name: str, file: BufferedReader) -> Iterator[tuple[str, bytes | Reject]]:
+    """Paths and bytes of the files in a tar, in their order. Reject, "damaged-file", where it is cut or damaged.
+
+    Links and devices are passed over: they lead elsewhere.
+    """
+    size = os.fstat(file.fileno()).st_size
+    with _damage(name, tarfile.TarError):
+        tar = tarfile.open(fileobj=file, mode="r:", tarinfo=_Header)
+    while True:
+        with _damage(name, tarfile.TarError):
+            if (member := tar.next()) is None:
+                return _check_end(file, tar.offset)
+            if not member.offset_data <= tar.offset <= size:
+                raise tarfile.ReadError(f"{member.name!r} does not lie inside the file's {size} bytes")
+            data = _member(tar, member) if member.isreg() else None
+        if data is not None:
+            yield member.name, data
+
+
+def _check_end(file: BufferedReader, offset: int) -> None:
+    """ReadError unless nothing but zeros is left: `tarfile` takes every broken header but the first for the end."""
+    file.seek(offset)
+    while block := file.read(2**20):
+        if any(block):
+            raise tarfile.ReadError(f"no member begins at byte {offset}, and it is not the end")
+
+
 def _stem(path: str) -> tuple[str, str]:
     """ "a/12.seg.PNG" → ("a/12", "seg.png")."""
     folder, _, base = path.removeprefix("./").rpartition("/")
@@ -216,11 +278,14 @@ def _stem(path: str) -> tuple[str, str]:
     return _valid(f"{folder}/{stem}" if folder else stem), ending.lower()
 
 
-def _member(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str) -> bytes | Reject:
+def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Reject:
     """A file's bytes. Those of no use here, and those that are too long, are passed over."""
+    _, ending = _stem(member.name)
     is_picture = f".{ending.rpartition('.')[2]}" in EXTENSIONS
     if not is_picture and ending not in ("txt", "json"):
         return b""
+    if member.issparse():
+        return Reject("damaged-file", "a sparse member: its map may name any size, and no picture has holes")
     limit = LARGEST_PICTURE if is_picture else LARGEST_TEXT
     if member.size > limit:
         return Reject("too-large", f"{member.size} bytes, at most {limit} are read")
@@ -290,29 +355,41 @@ class ParquetFiles(_Files):
     def read(self, name: str) -> Iterator[Picture]:
         """Rows in their order; ids are the file's name and the row's number.
 
+        A file that is cut or damaged, or is none, ends with a reject, "damaged-file".
+
         Raises:
-            ConfigError: it is no Parquet file, or lacks a column.
+            ConfigError: it lacks a column.
         """
+        number = 0
+        with self._open(name) as file:
+            try:
+                for row in self._rows(name, file):
+                    yield self._picture(f"{name}/{number}", row)
+                    number += 1
+            except Reject as damage:
+                yield _refused(f"{name}/{number}", damage)
+
+    def _rows(self, name: str, opened: BufferedReader) -> Iterator[dict[str, Any]]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         wanted = [each for each in (self.image_column, self.text_column, self.concept_column) if each]
-        with self._open(name) as opened:
-            try:
-                file = pq.ParquetFile(opened)
-            except pa.ArrowInvalid as error:
-                raise ConfigError(f"{name} of {self.path} is no Parquet file: {error}") from error
+        with _damage(name, pa.ArrowException):
+            file = pq.ParquetFile(opened)
             columns = file.schema_arrow.names
-            for each in wanted:
-                if each not in columns:
-                    raise ConfigError(
-                        f"{name} has no column {each!r}, only {columns}{nearest(each, columns)}"
-                    )
-            number = 0
-            for batch in file.iter_batches(self.rows_at_once, columns=wanted):
-                for row in batch.to_pylist():
-                    yield self._picture(f"{name}/{number}", row)
-                    number += 1
+        for each in wanted:
+            if each not in columns:
+                raise ConfigError(f"{name} has no column {each!r}, only {columns}{nearest(each, columns)}")
+        batches, left = file.iter_batches(self.rows_at_once, columns=wanted), file.metadata.num_rows
+        while True:
+            with _damage(name, pa.ArrowException):
+                if (batch := next(batches, None)) is None:
+                    break
+                rows = batch.to_pylist()
+            left -= len(rows)
+            yield from rows
+        if left:
+            raise Reject("damaged-file", f"{name}: {left} of {file.metadata.num_rows} rows are not there")
 
     def _picture(self, id_: str, row: dict[str, Any]) -> Picture:
         caption = _words(row.get(self.text_column or ""))

@@ -127,6 +127,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a saved folder as a dict; ConfigError if it is missing or not JSON."""
     path = Path(folder) / "config.json"
     if not path.is_file():
+        if (Path(folder) / "tokenizer" / "config.json").is_file():
+            raise ConfigError(
+                f"no saved model at {folder}: it is a run's folder, whose tokenizer is {Path(folder) / 'tokenizer'}"
+            )
         siblings = [p.name for p in Path(folder).parent.glob("*") if (p / "config.json").is_file()]
         raise ConfigError(
             f"no saved model at {folder}: {path.name} is missing{nearest(Path(folder).name, siblings)}"

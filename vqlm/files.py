@@ -94,6 +94,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     part.mkdir()
     try:
         yield part
+        _open_to_readers(part)
         _sync_tree(part)
         _swap(part, path)
     except BaseException:
@@ -129,6 +130,14 @@ def sha256(path: str | Path) -> str:
 
 def _beside(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}")
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Give files the rights that the folder was made with: safetensors writes its own for the owner alone."""
+    rights = folder.stat().st_mode & 0o666
+    for at, _, files in os.walk(folder):
+        for name in files:
+            os.chmod(Path(at, name), rights)
 
 
 def _swap(part: Path, path: Path) -> None:

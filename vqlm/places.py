@@ -11,6 +11,7 @@ AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL …), never in a conf
 
 from __future__ import annotations
 
+import atexit
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -39,7 +40,7 @@ class Place(Protocol):
         ...
 
     def local_folder(self, name: str) -> Path:
-        """The folder `name`, or a copy of it, on this machine."""
+        """The folder `name`, or a copy of it on this machine, which is there until this process ends."""
         ...
 
     def names(self, start: str = "") -> list[str]:
@@ -63,24 +64,25 @@ def place(where: str | Path) -> Place:
     """Raises ConfigError where the package for a URL's protocol is missing. Nothing is read."""
     if not is_url(where):
         return LocalPlace(Path(where))
-    check_protocol(str(where))
-    return RemotePlace(str(where).rstrip("/"))
+    return RemotePlace(checked_url(str(where)).rstrip("/"))
 
 
 def is_url(where: str | Path) -> bool:
     return "://" in str(where)
 
 
-def check_protocol(url: str) -> None:
-    """ConfigError if nothing here can open URLs of this kind."""
+def checked_url(url: str) -> str:
+    """The URL as fsspec wants it, its scheme in lower case. ConfigError if nothing here can open URLs of this kind."""
     import fsspec
 
-    protocol = url.partition("://")[0]
+    scheme, mark, rest = url.partition("://")
+    protocol = scheme.lower()
     try:
         fsspec.get_filesystem_class(protocol.split("::")[-1])
     except (ImportError, ValueError) as error:
         hint = 'pip install "vqlm[scale]" brings S3' if protocol == "s3" else "see fsspec's list of protocols"
         raise ConfigError(f"{url} cannot be opened: {error}; {hint}") from error
+    return f"{protocol}{mark}{rest}"
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ class RemotePlace:
 
     def local_folder(self, name: str) -> Path:
         folder = Path(tempfile.mkdtemp(prefix="vqlm-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
         for each in self.names(f"{name}/"):
             target = folder / each
             target.parent.mkdir(parents=True, exist_ok=True)

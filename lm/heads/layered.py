@@ -46,7 +46,7 @@ class LayeredHead(Head):
             )
         self.width, self.layers = width, list(layers)
         self.norms = nn.ModuleList(nn.RMSNorm(hidden_size, eps=1e-6) for _ in layers)
-        self.gains = nn.Parameter(torch.full((len(layers),), GAIN))
+        self.gains = nn.ParameterList(torch.full((1,), GAIN) for _ in layers)
 
     def forward(self, inputs: TrunkInputs, choose: Choose) -> Predicted:
         features: list[Tensor] = []

@@ -44,10 +44,6 @@ class ModalityLoss:
     def mean(self) -> Tensor:
         return self.nll / max(self.count, 1)
 
-    @property
-    def mean_z(self) -> Tensor:
-        return self.z / max(self.count, 1)
-
     def __add__(self, other: ModalityLoss) -> ModalityLoss:
         soft = None if self.soft is None and other.soft is None else self.aim + other.aim
         entropy = self.entropy + other.entropy

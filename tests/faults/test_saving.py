@@ -90,6 +90,8 @@ def test_a_kill_while_saving_loses_nothing(count, figure, saving, other_disk, tm
     cells = {name: cell for name, cell in cells.items() if cell[0]}
     kept = dict.fromkeys(SAVERS, "")
     for by in SAVERS:
+        for n in "ab":
+            (tmp_path / n).mkdir()
         warm = [
             saving("kill", by=by, folder=str(tmp_path / n), tmp=str(tmp_path), first=2, delay=0) for n in "ab"
         ]

@@ -128,10 +128,10 @@ def test_the_card_says_what_was_measured_and_no_more():
     assert row == "| pictures of the training set | 1,200 | 87.5% | 0.25% | 4.125 | – | 0.51 |"
     assert "concepts that were held out" not in text  # they were not measured
     assert "21.50; the model that it began from had 20.00" in text
-    assert "Drawn with guidance 1.2, temperature 0.3, top_k 0, top_p 1." in text
+    assert "Drawn with guidance 1.2, temperature 0.3." in text
     assert "12,345 documents were read in 700 batches" in text
     assert "16×16 pixels" in text and "2×2 cells of 2 codes, 16 values each" in text
-    assert "None was given" in text and "has not said" in text
+    assert "None was given" in text and "is not said here" in text
     nothing = card(pipeline(metrics={}))
     assert "Nothing yet" in nothing and "%" not in nothing
     strange = {"train": {"image_bits": "4 <b>", "drawing": [1]}, "text": 3, "sampling": None, "heldout": 7}

@@ -32,9 +32,13 @@ def test_the_page_runs(tmp_path, monkeypatch):
     (tmp_path / "runs/vq/metrics.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("vqlm.hub.HfApi", NoHub)
-    names = {}
+
+    def ask(ids, sampling):
+        return sampling["allowed_token_ids"][: sampling["max_tokens"]]
+
+    names = {"ask": ask}
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     for block in blocks:
         exec(block, names)
     assert len(blocks) == 6 and isinstance(names["words"], str) and names["apple"].size == (16, 16)
-    assert names["inputs"]["input_ids"].shape[0] == 1 and names["request"][1]["max_tokens"] == 1
+    assert names["inputs"]["input_ids"].shape[0] == 1 and names["picture"].size == (16, 16)

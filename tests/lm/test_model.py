@@ -1,5 +1,6 @@
 """Embeddings, heads, losses and decoding of the language model, each against an independent computation."""
 
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
 
@@ -12,6 +13,8 @@ from transformers import AttentionInterface, AutoModelForCausalLM, GPT2Config, L
 from lm import attention
 from lm.decoding import Decoder, Drawing, Sampling, draw_all, draw_images, draw_text
 from lm.grammar import Grammar
+from lm.heads import TrunkInputs
+from lm.heads.layered import LayeredHead
 from lm.model import MultimodalLM, from_scratch
 from lm.objectives.next_token import NextToken, measure
 from lm.packing import pack
@@ -449,3 +452,50 @@ def test_decoding_on_a_cpu_attends_in_fp32_as_the_model_itself_does():
     assert model.lm.config._attn_implementation == before == "sdpa"
     assert sum(isinstance(part, Image) for part in drawn) == 1
     assert not attention.suits(deepcopy(model).double().lm)  # nothing is made narrower
+
+
+def test_what_the_layered_head_feeds_back_is_as_loud_as_its_gain_says():
+    """Against the formula, in float64: h + gain · rms(h) · e / rms(e), for two unlike gains."""
+    torch.manual_seed(0)
+    layers = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(4)).double()
+    rows, start = torch.randn(20, 8).double(), 50 * torch.randn(1, 3, 8).double()
+    head = LayeredHead(3, 8, 4, layers=[0, 2]).double()
+    with torch.no_grad():
+        head.gains[0].fill_(0.25)
+        head.gains[1].fill_(2.0)
+    ids = torch.tensor([[[4, 7, 2], [NONE, NONE, NONE], [9, 1, 0]]])
+
+    def run():
+        h = start
+        for layer in layers:
+            h = layer(h)
+        return h
+
+    inputs = TrunkInputs(run, layers, lambda ids: rows[ids.clamp(min=0)] * (ids >= 0)[..., None])
+    made = head(inputs, lambda column, feature: ids[..., column])
+    h, rms = start, lambda x: x.square().mean(-1, keepdim=True).sqrt()
+    for number, layer in enumerate(layers):
+        h = layer(h)
+        if number in (0, 2):
+            e = rows[ids[..., number // 2].clamp(min=0)]
+            loud = (0.25, 2.0)[number // 2] * rms(h) * e / rms(e)
+            h = torch.where((ids[..., :1] >= 0), h + loud, h)
+    torch.testing.assert_close(made.hidden_BTC, h)
+
+
+def test_the_flat_layout_leaves_a_layered_head_without_weights():
+    assert not LayeredHead(1, 8, 4).state_dict()
+
+
+def test_threads_may_draw_with_one_model():
+    model, _ = make_model(seed=1)
+    model.to(torch.bfloat16)
+    drawings = [
+        Drawing(model.form.image_prompt([Text((5, n))]), Sampling(2.0), n, 0, 1, 1, ((),)) for n in range(8)
+    ]
+    alone = [draw_all(model, [each]) for each in drawings]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            assert list(pool.map(lambda each: draw_all(model, [each]), drawings)) == alone
+    assert model.lm.config._attn_implementation == "sdpa"
+    assert not any("forward" in vars(module) for module in model.modules())

@@ -268,3 +268,36 @@ def test_codes_are_the_ids_of_their_depth(door):
         for d, c in enumerate(cell)
     ]
     assert [i for i in ids if i >= v.image_offset] == cells and NONE not in ids
+
+
+def test_what_is_saved_anew_loads_in_both_doors(tmp_path):
+    """The usual end of fine-tuning: transformers saves the model, the processor saves the rest beside it."""
+    bundle, folder = tmp_path / "model", tmp_path / "tuned"
+    save(bundle)
+    model = AutoModelForCausalLM.from_pretrained(bundle)
+    with torch.no_grad():
+        model.get_input_embeddings().weight += 0.01
+    model.save_pretrained(folder)
+    VqlmProcessor.from_pretrained(bundle).save_pretrained(folder)
+    tuned = Pipeline.from_pretrained(folder).model.lm.get_input_embeddings().weight
+    assert torch.equal(tuned, model.get_input_embeddings().weight)
+    VqlmProcessor.from_pretrained(folder).save_pretrained(folder)
+    Pipeline.from_pretrained(folder)
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + " ")
+    for door in (Pipeline, VqlmProcessor):
+        with pytest.raises(ConfigError, match=r"tokenizer\.json is damaged or was changed"):
+            door.from_pretrained(folder)
+
+
+def test_a_string_is_one_part_and_not_its_letters(door):
+    processor = door[2]
+    assert processor.lay(["a red apple"])["input_ids"] == processor(text="a red apple")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "conversation", [[], ["hi"], [{"role": "user", "contents": "hi"}], [{"role": "user", "content": ["hi"]}]]
+)
+def test_conversations_that_are_none_are_refused(door, conversation):
+    processor = door[2]
+    with pytest.raises(ValueError, match=r"a conversation|a message|a part"):
+        processor.apply_chat_template(conversation)

@@ -522,6 +522,16 @@ def test_a_caption_edited_with_other_software_is_redone(tmp_path):
     assert contents(folder) == whole
 
 
+@pytest.mark.parametrize("name", ["../out.txt", "/tmp/out.txt", "tokenizer/../../out.txt"])
+def test_a_manifest_that_points_outside_is_refused(tmp_path, name):
+    write(tmp_path / "store")
+    manifest = tmp_path / "store" / "manifest.json"
+    listed = json.loads(manifest.read_text())
+    write_json(manifest, {**listed, "files": {**listed["files"], name: "0" * 64}})
+    with pytest.raises(ConfigError, match="is damaged"):
+        CodeStore.open(tmp_path / "store")
+
+
 def test_a_shard_of_another_store_is_refused(tmp_path):
     write(tmp_path / "store")
     write(tmp_path / "other", FakeTokenizer("bbbb"))

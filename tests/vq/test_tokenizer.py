@@ -119,6 +119,16 @@ def test_unusable_folders_say_what_is_wrong(tiny_tokenizer, tmp_path):
         ImageTokenizer.from_pretrained(folder)
 
 
+def test_a_number_that_changed_on_the_disk_is_noticed(tiny_tokenizer, tmp_path):
+    tiny_tokenizer.save_pretrained(tmp_path / "t")
+    path = tmp_path / "t" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match="not what was saved"):
+        ImageTokenizer.from_pretrained(tmp_path / "t")
+
+
 def test_weights_of_another_shape_are_refused(tiny_tokenizer, tmp_path):
     tiny_tokenizer.save_pretrained(tmp_path / "tok")
     config = json.loads((tmp_path / "tok/config.json").read_text())

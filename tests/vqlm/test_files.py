@@ -149,3 +149,20 @@ def test_kill_9_while_writing(tmp_path):
 def test_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert files.sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@pytest.mark.parametrize("change", [{"a": 2}, {"seal": ""}, {"seal": None}, {"b": 1}])
+def test_a_seal_is_broken_by_any_change(change):
+    data = files.sealed({"a": 1, "c": [1, {"d": 0.5}]})
+    assert not files.seal_is_broken(data) and not files.seal_is_broken(json.loads(json.dumps(data)))
+    assert files.seal_is_broken({**data, **change})
+
+
+def test_what_is_made_for_the_owner_alone_is_opened_to_readers(tmp_path):
+    """safetensors writes 0600, whatever the umask: another user could not read a shared model."""
+    with files.new_folder(tmp_path / "made") as part:
+        (part / "inner").mkdir()
+        (part / "inner" / "weights").touch(mode=0o600)
+    assert (tmp_path / "made/inner/weights").stat().st_mode & 0o666 == (
+        tmp_path / "made"
+    ).stat().st_mode & 0o666
