@@ -229,6 +229,15 @@ class Tars(_Files):
             yield Picture(id_, caption, concept, partial(_load, parts[each]))
 
 
+_READ_WHOLE = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+
+
 class _Header(tarfile.TarInfo):
     """One block of a tar's headers. ReadError if what follows it would be read whole and is too long.
 
@@ -236,11 +245,10 @@ class _Header(tarfile.TarInfo):
     """
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> Self:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         header = super().frombuf(buf, encoding, errors)
-        is_file = header.isreg() or header.type not in tarfile.SUPPORTED_TYPES
-        if header.size < 0 or (not is_file and header.size > LARGEST_HEADER):
-            raise tarfile.ReadError(f"a header of {header.size} bytes, at most {LARGEST_HEADER} are read")
+        if header.size < 0 or (header.type in _READ_WHOLE and header.size > LARGEST_HEADER):
+            raise tarfile.ReadError(f"a header that names {header.size} bytes")
         return header
 
 
@@ -251,12 +259,13 @@ def _members(name: str, file: BufferedReader) -> Iterator[tuple[str, bytes | Rej
     """
     size = os.fstat(file.fileno()).st_size
     with _damage(name, tarfile.TarError):
-        tar = tarfile.open(fileobj=file, mode="r:", tarinfo=_Header)
+        tar = tarfile.TarFile(fileobj=file, tarinfo=_Header)
     while True:
         with _damage(name, tarfile.TarError):
             if (member := tar.next()) is None:
                 return _check_end(file, tar.offset)
-            if not member.offset_data <= tar.offset <= size:
+            # where the next one begins: after this one; the last may lack what fills its block
+            if not member.offset_data <= tar.offset < size + tarfile.BLOCKSIZE:
                 raise tarfile.ReadError(f"{member.name!r} does not lie inside the file's {size} bytes")
             data = _member(tar, member) if member.isreg() else None
         if data is not None:
@@ -267,7 +276,7 @@ def _check_end(file: BufferedReader, offset: int) -> None:
     """ReadError unless nothing but zeros is left: `tarfile` takes every broken header but the first for the end."""
     file.seek(offset)
     while block := file.read(2**20):
-        if any(block):
+        if block.strip(b"\0"):
             raise tarfile.ReadError(f"no member begins at byte {offset}, and it is not the end")
 
 
@@ -380,16 +389,16 @@ class ParquetFiles(_Files):
         for each in wanted:
             if each not in columns:
                 raise ConfigError(f"{name} has no column {each!r}, only {columns}{nearest(each, columns)}")
-        batches, left = file.iter_batches(self.rows_at_once, columns=wanted), file.metadata.num_rows
+        batches, found = file.iter_batches(self.rows_at_once, columns=wanted), 0
         while True:
             with _damage(name, pa.ArrowException):
                 if (batch := next(batches, None)) is None:
                     break
                 rows = batch.to_pylist()
-            left -= len(rows)
+            found += len(rows)
             yield from rows
-        if left:
-            raise Reject("damaged-file", f"{name}: {left} of {file.metadata.num_rows} rows are not there")
+        if found != file.metadata.num_rows:
+            raise Reject("damaged-file", f"{name}: {found} rows of {file.metadata.num_rows} are there")
 
     def _picture(self, id_: str, row: dict[str, Any]) -> Picture:
         caption = _words(row.get(self.text_column or ""))

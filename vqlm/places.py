@@ -162,6 +162,8 @@ class RemotePlace:
         folder = Path(tempfile.mkdtemp(prefix="vqlm-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         for each in self.names(f"{name}/"):
+            if ".." in each.split("/"):
+                raise ConfigError(f"{self.url}/{each} leads out of its folder; it is not copied")
             target = folder / each
             target.parent.mkdir(parents=True, exist_ok=True)
             with self.open(each) as source, open(target, "wb") as copy:
