@@ -12,6 +12,7 @@ AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL …), never in a conf
 from __future__ import annotations
 
 import atexit
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -106,9 +107,10 @@ class LocalPlace:
         return self.folder / name
 
     def names(self, start: str = "") -> list[str]:
-        found = (path for path in self.folder.rglob("*") if path.is_file())
+        # os.walk passes over folders that another process renames or removes meanwhile; rglob raises
+        found = (Path(at, file) for at, _, files in os.walk(self.folder) for file in files)
         return sorted(
-            n for n in (path.relative_to(self.folder).as_posix() for path in found) if n.startswith(start)
+            n for n in (p.relative_to(self.folder).as_posix() for p in found) if n.startswith(start)
         )
 
     def size(self, name: str) -> int:

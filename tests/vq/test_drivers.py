@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import queue
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,8 +22,9 @@ from vq.data import ImageData, ImageFolder
 from vq.drivers import Local, Ray, _next_outcome, _write_all, share_of
 from vq.encode import encode, main
 from vq.store import CodeStore
+from vqlm import files
 from vqlm.errors import ConfigError
-from vqlm.places import place
+from vqlm.places import LocalPlace, place
 
 S3 = all(importlib.util.find_spec(each) for each in ("moto", "flask", "flask_cors", "s3fs"))
 needs_s3 = pytest.mark.skipif(
@@ -343,3 +345,26 @@ def test_rays_numbers_are_checked():
     for wrong in ({"actors": 0}, {"cpus": 0}, {"gpus": -1}):
         with pytest.raises(ConfigError, match="at least one actor"):
             Ray(**wrong)
+
+
+def test_names_are_listed_while_another_process_writes(tmp_path):
+    """A folder that is renamed or removed in the middle of a listing is passed over."""
+    place, ended = LocalPlace(tmp_path), threading.Event()
+    place.write("kept", b"1")
+
+    def churn():
+        number = 0
+        while not ended.is_set():
+            number += 1
+            with files.new_folder(tmp_path / "made") as part:
+                (part / "inner").mkdir()
+                (part / "inner" / str(number)).touch()
+            shutil.rmtree(tmp_path / "made")
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        assert all("kept" in place.names() for _ in range(1000))
+    finally:
+        ended.set()
+        thread.join()

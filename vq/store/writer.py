@@ -14,6 +14,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -435,10 +436,10 @@ class StoreWriter:
 
 
 def _hashes(target: Place, start: str) -> dict[str, str]:
-    """SHA-256 of each file whose name begins so."""
+    """SHA-256 of each file whose name begins so; without those that another process removes meanwhile."""
     found = {}
     for name in target.names(start):
-        with target.open(name) as file:
+        with suppress(FileNotFoundError), target.open(name) as file:
             found[name] = hashlib.sha256(file.read()).hexdigest()
     return found
 
