@@ -78,7 +78,7 @@ class VqlmProcessor(ProcessorMixin):
         """
         folder = local_folder(pretrained_model_name_or_path, revision)
         about = read_about(folder)
-        check_files(folder, about)
+        check_files(folder, about, ".json")  # the language model is not read here
         translator = Translator.from_pretrained(folder)
         return cls(translator.tokenizer, translator, about)
 

@@ -30,7 +30,7 @@ from typing import Any, Self
 
 from PIL import Image
 
-from vq.data import Picture
+from vq.data import HubSplit, Picture, label_name
 from vq.images import EXTENSIONS, Reject, open_image
 from vqlm.errors import ConfigError, nearest
 from vqlm.places import checked_url, is_url
@@ -415,7 +415,7 @@ def _stored(value: Any) -> bytes | Reject:
     return Reject("missing", "the row holds no picture's bytes")
 
 
-class StreamedHub(Archives):
+class StreamedHub(HubSplit, Archives):
     """One split of a data set that `datasets` streams: nothing is copied to this machine. Its own files are the pieces.
 
     Args:
@@ -430,25 +430,7 @@ class StreamedHub(Archives):
         ConfigError: an empty name.
     """
 
-    def __init__(
-        self,
-        dataset: str,
-        image_column: str = "image",
-        text_column: str | None = "text",
-        split: str = "train",
-        concept_column: str | None = None,
-        config: str | None = None,
-        revision: str | None = None,
-    ) -> None:
-        if not dataset or not image_column:
-            raise ConfigError("dataset and image_column must be named")
-        self.dataset, self.split, self.config, self.revision = dataset, split, config, revision
-        self.image_column, self.text_column, self.concept_column = image_column, text_column, concept_column
-        self._opened: Any = None
-
-    @property
-    def name(self) -> str:
-        return self.dataset
+    _opened: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}  # another process opens its own
@@ -473,7 +455,7 @@ class StreamedHub(Archives):
         if column is None or row[column] is None:
             return ""
         names = getattr(self._rows().features[column], "names", None)
-        return _words(row[column] if names is None else names[row[column]])
+        return _words(row[column] if names is None else label_name(names, row[column]))
 
     def _rows(self) -> Any:
         """The data set, opened once. ConfigError if it, its split or a column is not there."""
@@ -484,14 +466,11 @@ class StreamedHub(Archives):
     def _open(self) -> Any:
         import datasets
 
-        try:
+        with self._opening():
             rows = datasets.load_dataset(
                 self.dataset, self.config, split=self.split, revision=self.revision, streaming=True
             )
             rows = rows if rows.features else rows._resolve_features()
-        except Exception as error:  # the library raises a dozen kinds for a wrong name, split or revision
-            what = f"dataset={self.dataset!r} split={self.split!r}"
-            raise ConfigError(f"{what} cannot be opened: {type(error).__name__}: {error}") from error
         columns = list(rows.features or ())
         for each in (self.image_column, self.text_column, self.concept_column):
             if each and each not in columns:

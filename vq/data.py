@@ -25,6 +25,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -367,24 +368,8 @@ def _bad_line(path: Path, number: int, problem: str) -> ConfigError:
 # --------------------------------------------------------------------------- a data set of the hub
 
 
-class HubImages:
-    """One split of anything that `datasets` opens: a hub id, a folder it understands, or one it saved itself.
-
-    Nothing is fetched before `pictures()`. Pictures are decoded by our own rules, not by the library's, so a
-    bad row is a reject and not the end.
-
-    Args:
-        dataset: hub id ("user/name") or local folder.
-        image_column: the column of pictures.
-        text_column: the column of captions: text, or class labels, whose names are taken. None: no captions.
-        split: "train", "test", "train[:1000]", ...
-        concept_column: text that says what is drawn; None: the caption in lower case, or the id.
-        config: the data set's own configuration name, where it has several.
-        revision: branch, tag or commit on the hub.
-
-    Raises:
-        ConfigError: an empty name.
-    """
+class HubSplit:
+    """A split of a data set that `datasets` opens, and which of its columns are pictures, captions and concepts."""
 
     def __init__(
         self,
@@ -405,6 +390,42 @@ class HubImages:
     def name(self) -> str:
         return self.dataset
 
+    @contextmanager
+    def _opening(self) -> Iterator[None]:
+        """Whatever the library raises is a ConfigError: it has a dozen kinds for a wrong name, split or revision."""
+        try:
+            yield
+        except ConfigError:
+            raise
+        except Exception as error:
+            what = f"dataset={self.dataset!r} split={self.split!r}"
+            raise ConfigError(f"{what} cannot be opened: {type(error).__name__}: {error}") from error
+
+
+def label_name(names: list[str], value: int | None) -> str:
+    """The name of a class label; "" where a row has none, which `datasets` writes as -1."""
+    return "" if value is None or value < 0 else names[value]
+
+
+class HubImages(HubSplit):
+    """One split of anything that `datasets` opens: a hub id, a folder it understands, or one it saved itself.
+
+    Nothing is fetched before `pictures()`. Pictures are decoded by our own rules, not by the library's, so a
+    bad row is a reject and not the end.
+
+    Args:
+        dataset: hub id ("user/name") or local folder.
+        image_column: the column of pictures.
+        text_column: the column of captions: text, or class labels, whose names are taken. None: no captions.
+        split: "train", "test", "train[:1000]", ...
+        concept_column: text that says what is drawn; None: the caption in lower case, or the id.
+        config: the data set's own configuration name, where it has several.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        ConfigError: an empty name.
+    """
+
     def pictures(self, size: int = 64) -> list[Picture]:
         """Rows in their order; ids are the row numbers.
 
@@ -424,18 +445,13 @@ class HubImages:
         import datasets
 
         local = Path(self.dataset).expanduser()
-        try:
+        with self._opening():
             if (local / "state.json").is_file():
                 return datasets.load_from_disk(str(local))
             if (local / "dataset_dict.json").is_file():
                 return self._one_split(datasets.load_from_disk(str(local)))
             name = str(local) if local.exists() else self.dataset
             return datasets.load_dataset(name, self.config, split=self.split, revision=self.revision)
-        except ConfigError:
-            raise
-        except Exception as error:  # the library raises a dozen kinds for a wrong name, split or revision
-            what = f"dataset={self.dataset!r} split={self.split!r}"
-            raise ConfigError(f"{what} cannot be opened: {type(error).__name__}: {error}") from error
 
     def _one_split(self, splits: Any) -> Any:
         if self.split not in splits:
@@ -465,8 +481,7 @@ class HubImages:
         self._check_column(rows, "text_column" if column == self.text_column else "concept_column", column)
         feature, values = rows.features[column], list(rows[column])
         if isinstance(feature, datasets.ClassLabel):
-            names = feature.names
-            return ["" if value is None or value < 0 else names[value] for value in values]
+            return [label_name(feature.names, value) for value in values]
         if not isinstance(feature, datasets.Value) or feature.dtype not in ("string", "large_string"):
             raise ConfigError(f"column {column!r} holds {feature}, not text")
         return [" ".join((value or "").split()) for value in values]

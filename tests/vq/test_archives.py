@@ -10,6 +10,7 @@ import sys
 import tarfile
 from contextlib import contextmanager
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -424,6 +425,17 @@ def test_a_streamed_data_set_gives_its_rows(tmp_path):
         StreamedHub(str(tmp_path), text_column="caption").files()
     with pytest.raises(ConfigError, match="cannot be opened"):
         StreamedHub(str(tmp_path), split="tests").files()
+
+
+def test_a_row_without_a_class_label_has_no_caption(tmp_path):
+    """`datasets` writes -1 there, which would name the last class."""
+    features = datasets.Features(
+        {"image": datasets.Value("binary"), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    )
+    rows = datasets.Dataset.from_dict({"image": [png(0), png(1)], "label": [1, -1]}, features=features)
+    rows.to_parquet(tmp_path / "train.parquet")
+    source = StreamedHub(str(tmp_path), text_column="label")
+    assert [each.caption for each in source.read("00000")] == ["dog", ""]
 
 
 def test_a_tar_can_be_trained_on(tmp_path):

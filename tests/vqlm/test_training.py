@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from faults.runs import Disturbed
 from tiny import make_model, make_tokenizer
-from torch.utils.data import Dataset
 
 from lm.data import Pairs
 from lm.learner import LMLearner
@@ -58,20 +58,6 @@ def documents(total):
     codes = torch.randint(0, 16, (12, 2, 2, 2), generator=generator)
     pairs = Pairs([(i, i + 1) for i in range(12)], codes, names, names, names)
     return DocumentBatches(pairs, form, Mixture(), 4, 32, 0, total)
-
-
-class Disturbed(Dataset):
-    """A run's batches, with something happening when batch `at` is read."""
-
-    def __init__(self, batches, at, happen):
-        self.batches, self.at, self.happen = batches, at, happen
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __getitem__(self, n):
-        batch = self.batches[n]
-        return self.happen(batch) if n in self.at else batch
 
 
 def terminate(batch):

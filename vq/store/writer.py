@@ -15,7 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -353,10 +353,10 @@ class StoreWriter:
             splits.update(shard.text["split"])
             grids.update(zip(shard.heights.tolist(), shard.widths.tolist(), strict=True))
             rejects += shard.about["rejects"]
-            if (
-                "pieces" not in self.work.job
-            ):  # else ids begin with their piece's name, and each shard has been checked
-                ids += shard.text["id"]
+            if "pieces" not in self.work.job:
+                ids += shard.text[
+                    "id"
+                ]  # of pieces with names, ids begin with them, and each shard has been checked
         check_unique(ids)
         reasons = Counter(reject["reason"] for reject in rejects)
         if not splits.total():
@@ -394,9 +394,7 @@ class StoreWriter:
             pass  # none, or a damaged one: the shards say whose they are, and a new one is written
         else:
             self._compare(manifest["job"])
-            self.work = Work(
-                self.work.pieces, self.work.job, self.target, self.work.batch_size, hashes_of(manifest)
-            )
+            self.work = replace(self.work, hashes=hashes_of(manifest))
         for name in self.target.names("shard-"):
             try:
                 with self.target.open(name) as file:
