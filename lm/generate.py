@@ -2,14 +2,21 @@
 
     lm-generate model=runs/lm/model prompt="a red apple" n=8 guidance=2 seed=1
 
-Leaves a-red-apple-1-000.png … and a-red-apple-1-sheet.png in `out`: prompt, seed, number.
+Leaves a-red-apple-1-000.png … and a-red-apple-1-sheet.png in `out`: prompt, seed, number. A PNG text named `vqlm` in
+each file says how it was drawn. Files that were drawn otherwise stay: the next names begin with a-red-apple-1-2-.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from lm.pipeline import Pipeline, sheet
 from vqlm.command import command
@@ -58,14 +65,54 @@ def generate(
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    sampling = pipeline.sampling_with(guidance, temperature, top_k, top_p, **more)
+    drawn = {
+        "model": model,
+        "prompt": prompt,
+        "seed": seed,
+        "size": size,
+        "best_of": best_of,
+        **asdict(sampling),
+    }
+    about = json.dumps(drawn, ensure_ascii=False)
     target = Path(out)
     target.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "picture"
+    name = _name(target, f"{_slug(prompt)}-{seed}", about)
     for number, picture in enumerate(pictures):
-        picture.save(target / f"{name}-{seed}-{number:03d}.png")
-    path = target / f"{name}-{seed}-sheet.png"
-    sheet(pictures, [prompt] * n).save(path)
+        _save(picture, target / f"{name}-{number:03d}.png", about)
+    path = target / f"{name}-sheet.png"
+    _save(sheet(pictures, [prompt] * n), path, about)
     print(f"{n} pictures: {target}   all on one sheet: {path}")
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "picture"
+
+
+def _name(folder: Path, name: str, about: str) -> str:
+    """`name`, or the first of name-2, name-3 … whose sheet is not there, or was drawn in the same way."""
+    return next(
+        each
+        for each in (name if n == 1 else f"{name}-{n}" for n in count(1))
+        if _drawn(folder / f"{each}-sheet.png") in (None, about)
+    )
+
+
+def _drawn(path: Path) -> str | None:
+    """How a picture was drawn; "" where it does not say so, None where there is none."""
+    if not path.exists():
+        return None
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get("vqlm", "")
+    except OSError:  # no picture at all
+        return ""
+
+
+def _save(picture: Image.Image, path: Path, about: str) -> None:
+    text = PngInfo()
+    text.add_itxt("vqlm", about)
+    picture.save(path, pnginfo=text)
 
 
 main = command("lm_generate", generate)

@@ -203,14 +203,19 @@ class Pipeline(Translator):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, device: Device = "auto", precision: Literal["fp32", "bf16"] = "fp32"
+        cls,
+        folder: str | Path,
+        device: Device = "auto",
+        precision: Literal["fp32", "bf16"] = "fp32",
+        revision: str | None = None,
     ) -> Pipeline:
         """Load a bundle: a folder or a hub id. ConfigError says which part is missing, damaged or of another model.
 
         precision: of the language model's weights; bf16 takes half the memory and, where memory is the limit, half the
-        time, and draws other pictures for the same seed. The image tokenizer stays fp32.
+        time, and draws other pictures for the same seed. The image tokenizer stays fp32. revision: branch, tag or
+        commit of a hub id.
         """
-        folder = local_folder(folder)
+        folder = local_folder(folder, revision)
         parts, description = Translator.from_pretrained(folder), read_about(folder)
         try:
             language_model = open_model(folder, local=True)

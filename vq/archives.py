@@ -21,7 +21,7 @@ import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from io import BufferedReader
@@ -361,6 +361,23 @@ class ParquetFiles(_Files):
             raise ConfigError("images.source.image_column must be named")
         self.image_column, self.text_column, self.concept_column = image_column, text_column, concept_column
 
+    def files(self) -> list[str]:
+        """ConfigError also if the first one lacks a column: a wrong name is told before anything is read or written."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        names = super().files()
+        system, root, _ = self._system()
+        columns = self._columns  # also of a damaged file: it becomes a reject where it is read whole
+        with (
+            suppress(Reject),
+            _damage(names[0], pa.ArrowException),
+            system.open(f"{root}/{names[0]}") as file,
+        ):
+            columns = pq.read_schema(file).names  # the footer alone
+        self._check_columns(names[0], columns)
+        return names
+
     def read(self, name: str) -> Iterator[Picture]:
         """Rows in their order; ids are the file's name and the row's number.
 
@@ -382,14 +399,11 @@ class ParquetFiles(_Files):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        wanted = [each for each in (self.image_column, self.text_column, self.concept_column) if each]
         with _damage(name, pa.ArrowException):
             file = pq.ParquetFile(opened)
             columns = file.schema_arrow.names
-        for each in wanted:
-            if each not in columns:
-                raise ConfigError(f"{name} has no column {each!r}, only {columns}{nearest(each, columns)}")
-        batches, found = file.iter_batches(self.rows_at_once, columns=wanted), 0
+        self._check_columns(name, columns)
+        batches, found = file.iter_batches(self.rows_at_once, columns=self._columns), 0
         while True:
             with _damage(name, pa.ArrowException):
                 if (batch := next(batches, None)) is None:
@@ -399,6 +413,15 @@ class ParquetFiles(_Files):
             yield from rows
         if found != file.metadata.num_rows:
             raise Reject("damaged-file", f"{name}: {found} rows of {file.metadata.num_rows} are there")
+
+    @property
+    def _columns(self) -> list[str]:
+        return [each for each in (self.image_column, self.text_column, self.concept_column) if each]
+
+    def _check_columns(self, name: str, there: list[str]) -> None:
+        for each in self._columns:
+            if each not in there:
+                raise ConfigError(f"{name} has no column {each!r}, only {there}{nearest(each, there)}")
 
     def _picture(self, id_: str, row: dict[str, Any]) -> Picture:
         caption = _words(row.get(self.text_column or ""))

@@ -372,7 +372,7 @@ def test_bad_rows_and_columns_of_parquet(tmp_path):
     assert [outcome(each) for each in found] == [[1, 254, 7], "missing", "not-an-image"]
     assert [each.caption for each in found] == ["", "b", "c"]
     with pytest.raises(ConfigError, match=r"no column 'txt'.*did you mean 'text'\?"):
-        ParquetFiles(str(tmp_path), text_column="txt").pictures()
+        ParquetFiles(str(tmp_path), text_column="txt").files()  # before anything is read
 
 
 @pytest.mark.parametrize(
