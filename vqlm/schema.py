@@ -192,10 +192,17 @@ def _construct(found: type, key: str, /, *given: Any, **arguments: Any) -> Any:
     """Call a constructor; what it refuses is a ConfigError with the key. A `_partial_` node does this when called."""
     try:
         return found(*given, **arguments)
-    except ConfigError as error:
-        raise ConfigError(f"{key}: {error}" if key else str(error)) from error
-    except REFUSALS as error:
-        raise ConfigError(f"{_join(key, found.__name__)}: {error}") from error
+    except (ConfigError, *REFUSALS) as error:
+        raise ConfigError(_told(error, key, found, arguments)) from error
+
+
+def _told(error: Exception, key: str, found: type, arguments: Mapping[str, Any]) -> str:
+    """What a constructor says: of an argument ("decay=2: ..."), with the whole key, as one types it."""
+    if str(error).partition("=")[0] in arguments:
+        return _join(key, str(error))
+    if isinstance(error, ConfigError):
+        return f"{key}: {error}" if key else str(error)
+    return f"{_join(key, found.__name__)}: {error}"
 
 
 def convert(arguments: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:

@@ -401,6 +401,19 @@ def test_a_refused_constructor_leaves_no_folder(call):
     assert not Path("fresh").exists()
 
 
+@pytest.mark.parametrize(
+    ("node", "told"),
+    [
+        ({"_target_": "lm.decoding.Sampling", "temperature": -1.0}, r"^sampling\.temperature=-1\.0: must lie in"),
+        ({"_target_": "vq.archives.ParquetFiles", "path": ""}, r"^sampling: images\.source\.path must not be"),
+        ({"_target_": "lm.mixture.Mixture", "text_to_image": -1.0}, r"^sampling\.text_to_image=-1\.0, "),
+    ],
+)
+def test_what_a_constructor_refuses_is_told_with_the_key_as_one_types_it(node, told):
+    with pytest.raises(ConfigError, match=told):
+        build({"sampling": node})
+
+
 def test_free_keys_may_change(toy, monkeypatch):
     free = command("toy_train", toy.train, conf=toy.main.conf, packages=("toy",), free=("lr", "step"))
     for lr in ("0.1", "0.2"):
