@@ -404,8 +404,14 @@ def test_a_refused_constructor_leaves_no_folder(call):
 @pytest.mark.parametrize(
     ("node", "told"),
     [
-        ({"_target_": "lm.decoding.Sampling", "temperature": -1.0}, r"^sampling\.temperature=-1\.0: must lie in"),
-        ({"_target_": "vq.archives.ParquetFiles", "path": ""}, r"^sampling: images\.source\.path must not be"),
+        (
+            {"_target_": "lm.decoding.Sampling", "temperature": -1.0},
+            r"^sampling\.temperature=-1\.0: must lie in",
+        ),
+        (
+            {"_target_": "vq.archives.ParquetFiles", "path": ""},
+            r"^sampling: images\.source\.path must not be",
+        ),
         ({"_target_": "lm.mixture.Mixture", "text_to_image": -1.0}, r"^sampling\.text_to_image=-1\.0, "),
     ],
 )
