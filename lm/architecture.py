@@ -61,8 +61,10 @@ def attention_mask(config: Any, mask: Tensor, dtype: torch.dtype) -> Tensor:
     PyTorch's own attention takes it so. Attention that is written out adds the mask to its scores: a bool would add 1
     where a position may look and 0 where not, without an error (Gemma 2, GPT-OSS and their kin run that way).
     """
-    if config._attn_implementation in ("sdpa", attention.NAME):
+    if config._attn_implementation == "sdpa":
         return mask
+    if config._attn_implementation == attention.NAME:
+        dtype = attention.STORED  # or torch would make it so, in every layer
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 

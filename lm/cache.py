@@ -28,6 +28,7 @@ class RowCache(Cache):
         self.dtype = dtype
         self.rows, self.slots_BT, self.limit = slice(0, 0), torch.zeros(0, 0, dtype=torch.int64), 0
         self.room = (0, 0)  # rows, slots
+        self.places: dict[int, Tensor] = {}  # of the pass, by the number of heads
         super().__init__(layers=[_RowLayer(self) for _ in range(layers)])
 
     def reserve(self, rows: int, positions: int) -> None:
@@ -43,9 +44,17 @@ class RowCache(Cache):
 
     def enter(self, rows: slice, slots_BT: Tensor) -> int:
         """The next pass is over these rows, and writes there. Returns how many slots its positions may look at."""
-        self.rows, self.slots_BT = rows, slots_BT
+        self.rows, self.slots_BT, self.places = rows, slots_BT, {}
         self.limit = int(slots_BT.max()) + 1
         return self.limit
+
+    def places_of(self, heads: int) -> Tensor:
+        """(B·H·T): where the pass writes, in a layer's (R·H·S,D). The same in all layers, so made once."""
+        if heads not in self.places:
+            row_B = torch.arange(self.rows.start, self.rows.stop, device=self.slots_BT.device)
+            head_BH = row_B[:, None] * heads + torch.arange(heads, device=row_B.device)
+            self.places[heads] = (head_BH[..., None] * self.room[1] + self.slots_BT[:, None]).flatten()
+        return self.places[heads]
 
     def move(self, source: int, target: int) -> None:
         """Row `target` becomes what row `source` is."""
@@ -89,13 +98,12 @@ class _RowLayer(CacheLayerMixin):
         """New keys and values (B,H,T,D) → those of all slots that are in use (B,H,S,D)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        cache = self.cache
-        row_B1 = torch.arange(len(cache.slots_BT), device=key_states.device)[:, None]
-        found = []
+        cache, found = self.cache, []
+        at_N = cache.places_of(key_states.shape[1])
         for store, new_BHTD in ((self.keys, key_states), (self.values, value_states)):
-            rows_BHSD = store[cache.rows]  # type: ignore[index]
-            rows_BHSD[row_B1, :, cache.slots_BT] = new_BHTD.transpose(1, 2).to(store.dtype)  # type: ignore[union-attr]
-            found.append(rows_BHSD[:, :, : cache.limit])
+            new_ND = new_BHTD.to(store.dtype).reshape(-1, new_BHTD.shape[-1])  # type: ignore[union-attr]
+            store.view(-1, new_ND.shape[-1]).index_copy_(0, at_N, new_ND)  # type: ignore[union-attr]
+            found.append(store[cache.rows, :, : cache.limit])  # type: ignore[index]
         return found[0], found[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lm import attention
 from lm.architecture import decoder_layers
@@ -102,6 +103,8 @@ class Sampling:
         """
         if not bool(torch.isfinite(logits_BV.amax(-1)).all()):
             raise ArithmeticError("the model's scores are not finite: its weights are damaged, or overflow")
+        if self.temperature == 0:
+            return logits_BV.argmax(-1)
         kept = temper(logits_BV.float(), self.temperature * self.deeper**depth)
         return draw(top_p(top_k(min_p(kept, self.min_p), self.top_k), self.top_p), uniform_B)
 
@@ -310,17 +313,18 @@ class Decoder:
 
     def _read(self, part: slice, branches: list[Branch], choose: Callable[[int, Tensor], Tensor]) -> Tensor:
         """One pass of the model. Returns the hidden states (B,C) of the last positions."""
-        T = max(1, max(branch.waiting for branch in branches))
-        new_BTW = torch.full((len(branches), T, self.form.width), NONE)
-        new_BTW[..., 0] = self.form.vocabulary.pad
-        slots_BT = torch.full((len(branches), T), PADDING)
-        for b, branch in enumerate(branches):
-            waiting = branch.waiting
-            if waiting:
-                new_BTW[b, T - waiting :] = torch.cat(branch.pending)
-                slots_BT[b, T - waiting :] = torch.arange(branch.length + 1, branch.length + 1 + waiting)
-            branch.length += waiting
+        nothing_0W = torch.empty(0, self.form.width, dtype=torch.int64)
+        unread = [torch.cat(branch.pending) if branch.pending else nothing_0W for branch in branches]
+        for branch, new_TW in zip(branches, unread, strict=True):
+            branch.length += len(new_TW)
             branch.pending = []
+        new_BTW = pad_sequence(unread, batch_first=True, padding_value=NONE, padding_side="left")
+        T = new_BTW.shape[1]
+        length_B1 = torch.tensor([[branch.length] for branch in branches])
+        waiting_B1 = torch.tensor([[len(new_TW)] for new_TW in unread])
+        before_T = torch.arange(-T, 0)  # the end of the pass
+        slots_BT = (length_B1 + 1 + before_T).masked_fill(before_T < -waiting_B1, PADDING)
+        new_BTW[..., 0].masked_fill_(slots_BT == PADDING, self.form.vocabulary.pad)
         self.cache.reserve(len(self.branches), max(branch.length for branch in self.branches))
         limit = self.cache.enter(part, slots_BT.to(self.device))
         visible_BTS = torch.arange(limit) <= slots_BT[..., None]

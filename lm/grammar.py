@@ -45,6 +45,7 @@ class Grammar:
         self.closing_S[[start - 1 for start in self.starts[1:]]] = True
         self.forced_S = torch.where(self.closing_S, vocabulary.image_end, forced_S)
         self.depth_SW = torch.where(self.plan_SW == Q, NONE, self.plan_SW)
+        self.text_V = self.text_mask()
 
     def start(self, ids_TW: Tensor) -> int:
         """State after a prompt. ValueError if the prompt itself breaks the rules."""
@@ -63,7 +64,7 @@ class Grammar:
         self._check_words(state_B, ids_BW)
         token_B = ids_BW[:, 0]
         in_text, sizing, reading = state_B == TEXT, state_B == SIZE, state_B >= 0
-        legal_B = self.text_mask()[token_B.clamp(0, vocabulary.image_offset - 1)]
+        legal_B = self.text_V[token_B.clamp(0, vocabulary.image_offset - 1)]
         if bool((in_text & ~(legal_B & (token_B >= 0) & (token_B < vocabulary.image_offset))).any()):
             raise ValueError(f"ids {token_B[in_text].tolist()} in text, where only text may stand")
         following_B = torch.where(self.closing_S[state_B.clamp(min=0)], TEXT, state_B + 1)

@@ -108,14 +108,9 @@ def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """One id for each row (B) from softmax(logits), by a number in [0, 1) for each: where the sum of probabilities
     passes it. A masked id has no probability and is never drawn.
     """
-    probabilities_BV = logits_BV.double().softmax(-1)
-    cumulated_BV = probabilities_BV.cumsum(-1)
-    at_B1 = uniform_B.to(cumulated_BV)[:, None] * cumulated_BV[:, -1:]
-    found_B = torch.searchsorted(cumulated_BV, at_B1, right=True)[:, 0]
-    last_B = (
-        (probabilities_BV > 0)
-        .long()
-        .mul(torch.arange(1, 1 + logits_BV.shape[-1], device=at_B1.device))
-        .amax(-1)
-    )
-    return torch.minimum(found_B, last_B - 1)  # rounding may end at the very last number
+    cumulated_BV = logits_BV.softmax(-1, dtype=torch.float64).cumsum(-1)
+    total_B1 = cumulated_BV[:, -1:].contiguous()
+    at_B1 = uniform_B.to(cumulated_BV)[:, None] * total_B1
+    found_B1 = torch.searchsorted(cumulated_BV, at_B1, right=True)
+    last_B1 = torch.searchsorted(cumulated_BV, total_B1)  # rounding may end at the very last number
+    return torch.minimum(found_B1, last_B1)[:, 0]

@@ -18,10 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lm import attention, fused
 from lm.model import MultimodalLM, Rows
 
 LARGEST = 8 * 2**30  # bytes of weights; a model above keeps its own layout
 TYPICAL = 16  # rows of a step, for which the layout is chosen
+Packed = tuple[
+    list[tuple[int, int]], Callable[..., Tensor]
+]  # versions of a module's weights, its new `forward`
 
 
 def weights_of(model: MultimodalLM) -> PackedWeights:
@@ -36,13 +40,13 @@ def weights_of(model: MultimodalLM) -> PackedWeights:
 
 
 class PackedWeights:
-    """The linear layers and output rows of a model, packed; made again for what has changed since."""
+    """The decoder layers or linear layers of a model and its output rows, packed; made again where they change."""
 
     def __init__(self, model: MultimodalLM):
         self._model = weakref.ref(model)  # or keeping these would keep the model
-        self.layers: dict[nn.Linear, tuple[int, Callable[[Tensor], Tensor]]] = {}
+        self.parts: dict[nn.Module, Packed] = {}
         self.rows: list[Callable[[Tensor], Tensor]] = []
-        self.rows_version = -1
+        self.rows_version = (-1, 0)
         self.lock = threading.RLock()  # decoding exchanges parts of the model for the length of a pass
 
     @property
@@ -65,35 +69,39 @@ class PackedWeights:
     def refresh(self) -> None:
         """Pack what is new or was written to since."""
         if not self.pays:
-            self.layers, self.rows = {}, []
+            self.parts, self.rows = {}, []
             return
-        found = [
-            m
-            for m in self.model.modules()
-            if type(m) is nn.Linear and m.weight.dtype in (torch.float32, torch.bfloat16)
-        ]
         output: Any = self.model.lm.get_output_embeddings()
-        found = [layer for layer in found if layer is not output]
-        for layer in found:
-            version = layer.weight._version
-            if self.layers.get(layer, (-1,))[0] != version:
-                self.layers[layer] = (version, packed(layer.weight, layer.bias))
-        version = output.weight._version
+        known, self.parts = self.parts, {}
+        for part in self._parts(self.model):
+            versions = [_version(weight) for weight in part.parameters()]
+            if part is not output:
+                old = known.get(part)
+                self.parts[part] = old if old and old[0] == versions else (versions, stand_in(part))
+        version = _version(output.weight)
         if self.rows_version != version or not self.rows:
             parts: list[Rows] = self.model.output_rows()
             self.rows, self.rows_version = [packed(*part) for part in parts], version
 
+    def _parts(self, module: nn.Module) -> Iterator[nn.Module]:
+        """Whole decoder layers where they are known, single linear layers elsewhere."""
+        if (attention.suits(self.model.lm) and fused.suits(module)) or _is_linear(module):
+            yield module
+        else:
+            for child in module.children():
+                yield from self._parts(child)
+
     @contextmanager
     def used(self) -> Iterator[None]:
-        """For the length of the block the model's linear layers read packed weights, and no other thread gets here."""
+        """For the length of the block the model's layers read packed weights, and no other thread gets here."""
         with self.lock:
-            for layer, (_, multiply) in self.layers.items():
-                layer.forward = multiply  # type: ignore[method-assign]
+            for part, (_, forward) in self.parts.items():
+                part.forward = forward  # type: ignore[method-assign]
             try:
                 yield
             finally:
-                for layer in self.layers:
-                    del layer.forward  # the class's own shows again
+                for part in self.parts:
+                    del part.forward  # the class's own shows again
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """As `MultimodalLM.text_logits`."""
@@ -104,6 +112,20 @@ class PackedWeights:
         if not self.rows:
             return self.model.image_logits(feature, depth)
         return self.model.finish(self.rows[1 + depth](feature))
+
+
+def _version(weight: Tensor) -> tuple[int, int]:
+    """Other after each change in place, and after a change of type."""
+    return weight._version, weight.data_ptr()
+
+
+def stand_in(part: Any) -> Callable[..., Tensor]:
+    """What a linear layer or a decoder layer computes, by packed products."""
+    return packed(part.weight, part.bias) if type(part) is nn.Linear else fused.FusedLayer(part, packed)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and module.weight.dtype in (torch.float32, torch.bfloat16)
 
 
 _KEPT: weakref.WeakKeyDictionary[MultimodalLM, PackedWeights] = weakref.WeakKeyDictionary()
@@ -118,6 +140,6 @@ def packed(weight_NC: Tensor, bias_N: Tensor | None) -> Callable[[Tensor], Tenso
     bias = None if bias_N is None else bias_N.detach().contiguous()
 
     def multiply(x: Tensor) -> Tensor:
-        return operators._linear_pointwise(x, weight, bias, "none", [], "")
+        return operators._linear_pointwise.default(x, weight, bias, "none", [], "")
 
     return multiply

@@ -431,23 +431,24 @@ def test_a_head_or_model_of_another_size_is_refused():
         make_head("layered", 7, trunk_layers=3)
 
 
-def test_decoding_on_a_cpu_attends_in_fp32_as_the_model_itself_does():
+def test_decoding_on_a_cpu_attends_in_fp32_as_the_model_itself_does(monkeypatch):
     """The exchanged attention is used, gives back what was there, and what a full pass in fp32 gives."""
     model, _ = make_model(seed=3)
     form = model.form
-    before, seen = model.lm.config._attn_implementation, []
+    before, seen, attend = model.lm.config._attn_implementation, [], attention.attend
 
     def watched(*arguments, **named):
         seen.append(arguments[2].dtype)
-        return attention.attend(*arguments, **named)
+        return attend(*arguments, **named)
 
     AttentionInterface.register(attention.NAME, watched)
+    monkeypatch.setattr(attention, "attend", watched)  # fused layers call it themselves
     try:
         half = deepcopy(model).to(torch.bfloat16)
         start = form.image_prompt([Text((5, 6, 7))])
         (drawn,) = draw_all(half, [Drawing(start, Sampling(1.0, 0.0), 0, 0, 1, 1)])
     finally:
-        AttentionInterface.register(attention.NAME, attention.attend)
+        AttentionInterface.register(attention.NAME, attend)
     assert set(seen) == {torch.float32} and len(seen) >= len(form.plan(form.grid))
     assert model.lm.config._attn_implementation == before == "sdpa"
     assert sum(isinstance(part, Image) for part in drawn) == 1

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from copy import deepcopy
 
 import pytest
 import torch
@@ -43,15 +44,25 @@ def test_drawing_reads_the_weights_as_they_are_now(head, dtype):
     assert drawn(model) == drawn(other) and drawn(model) != before
 
 
+def test_a_model_that_becomes_narrower_is_packed_anew():
+    model, _ = make_model()
+    prompts = [model.form.image_prompt([Text((5, 6))])]
+    fresh = deepcopy(model).to(torch.bfloat16)
+    draw_images(model, prompts, Sampling(2.0, 0.0), [0])
+    model.to(torch.bfloat16)
+    again = draw_images(model, prompts, Sampling(2.0, 0.0), [0])
+    assert again == draw_images(fresh, prompts, Sampling(2.0, 0.0), [0])
+
+
 def test_layers_are_their_own_again_and_nothing_is_kept_alive():
     model, _ = make_model()
     weights = weights_of(model)
     if not weights.pays:
         pytest.skip("this CPU has no oneDNN for fp32")
-    assert weights_of(model) is weights and len(weights.layers) > 10
+    assert weights_of(model) is weights and len(weights.parts) >= 5
     with weights.used():
-        assert all("forward" in vars(layer) for layer in weights.layers)
-    assert not any("forward" in vars(layer) for layer in weights.layers)
+        assert all("forward" in vars(layer) for layer in weights.parts)
+    assert not any("forward" in vars(layer) for layer in weights.parts)
     assert len(model.state_dict()) == len(make_model()[0].state_dict())
     gone = weakref.ref(model)
     del model, weights
