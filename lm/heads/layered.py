@@ -20,6 +20,9 @@ from lm.heads import Choose, Head, Predicted, TrunkInputs, between_layers
 from vqlm.checkpoint import declared
 
 GAIN = 0.5
+SCALE = (
+    3.0  # of a column's feature at first: short new rows on features of length 1 can never be sure of a code
+)
 
 
 @declared
@@ -27,8 +30,9 @@ class LayeredHead(Head):
     """layers: for each column but the last, the index of the trunk layer after which it is predicted, ascending.
 
     The last column is predicted from the final hidden state. Each earlier one has a norm of its own. By default the
-    columns are spread over the upper half of the trunk's `trunk_layers`, as in the paper. `gains`: how long an added
-    embedding is, relative to the hidden state; learned, from `GAIN` on.
+    columns are spread over the upper half of the trunk's `trunk_layers`, as in the paper. The weights of its norm begin
+    at `SCALE`; those of a pretrained trunk's last norm are of that size. `gains`: how long an added embedding is,
+    relative to the hidden state; learned, from `GAIN` on.
     """
 
     def __init__(self, width: int, hidden_size: int, trunk_layers: int, layers: list[int] | None = None):
@@ -45,7 +49,10 @@ class LayeredHead(Head):
                 f"layers={layers}: must be ascending, from 0 to below {trunk_layers - 1} (the last layer)"
             )
         self.width, self.layers = width, list(layers)
-        self.norms = nn.ModuleList(nn.RMSNorm(hidden_size, eps=1e-6) for _ in layers)
+        norms = [nn.RMSNorm(hidden_size, eps=1e-6) for _ in layers]
+        for norm in norms:
+            nn.init.constant_(norm.weight, SCALE)
+        self.norms = nn.ModuleList(norms)
         self.gains = nn.ParameterList(torch.full((1,), GAIN) for _ in layers)
 
     def forward(self, inputs: TrunkInputs, choose: Choose) -> Predicted:
