@@ -1,6 +1,7 @@
 """Stored pictures and their captions → what a language model learns from: ids beside codes, checked and counted.
 
     store, JSONL --read_…--> Pairs, written documents ... (lm/mixture.py)
+    large store --> PairsInParts --part--> Pairs of a shard ... (lm/parts.py)
 
 It does not know tasks, batches or models.
 
@@ -19,11 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from lm.sequence import Grid, Image, Segment, SequenceFormat, Text
 from lm.texts import lines, repair
-from vq.store import SPLITS, CodeStore
+from vq.store import SPLITS, CodeStore, Rows
 from vqlm.errors import ConfigError, nearest
 
 LONGEST_CAPTION = 256  # ids
@@ -36,8 +38,8 @@ Encode = Callable[[str], list[int]]
 class Pairs:
     """Captions as ids, and their pictures' codes, of one split of a store."""
 
-    captions: list[tuple[int, ...]]  # () where there is none
-    codes: Tensor | list[Tensor]  # (N,h,w,Q); a list of (h,w,Q) where grids differ
+    captions: Sequence[tuple[int, ...]]  # () where there is none
+    codes: Tensor | list[Tensor]  # (N,h,w,Q) of any integers; a list of (h,w,Q) where grids differ
     texts: list[str]  # the captions
     ids: list[str]
     concepts: list[str]
@@ -48,10 +50,10 @@ class Pairs:
 
     @property
     def codes_NhwQ(self) -> Tensor:
-        """All codes. ValueError where grids differ."""
+        """All codes, int64. ValueError where grids differ."""
         if not isinstance(self.codes, Tensor):
             raise ValueError("pictures of several grids have no codes_NhwQ; take `codes`, one by one")
-        return self.codes
+        return self.codes.long()
 
     @property
     def grids(self) -> list[Grid]:
@@ -115,7 +117,10 @@ def check_store(store: CodeStore, form: SequenceFormat) -> None:
 def identity(
     store: CodeStore, form: SequenceFormat, texts: Sequence[str] = (), written: Sequence[Written] = ()
 ) -> dict[str, Any]:
-    """JSON that says what a language model is trained on and how it is written: a resumed run must have the same."""
+    """JSON that says what a language model is trained on and how it is written: a resumed run must have the same.
+
+    "order" is there for a store that is read in parts: its pictures come in another order than those of one in memory.
+    """
     told: dict[str, Any] = {
         "store": store.digest,
         "tokenizer": store.tokenizer_fingerprint,
@@ -128,6 +133,8 @@ def identity(
         "texts": f"{len(texts)} texts, {_digest(texts)}",
         "documents": f"{len(written)} documents, {_digest([repr(each) for each in written])}",
     }
+    if not store.in_memory:
+        told["order"] = "shards, 1"
     return json.loads(json.dumps(told))  # as it will be read back: tuples become lists
 
 
@@ -139,9 +146,9 @@ def _digest(texts: Sequence[str]) -> str:
 
 
 def read_pairs(
-    store: CodeStore, split: str, encode_text: Encode, longest_caption: int | None = LONGEST_CAPTION
+    store: CodeStore | Rows, split: str, encode_text: Encode, longest_caption: int | None = LONGEST_CAPTION
 ) -> Pairs:
-    """One split of a store, in its order. It may be empty. longest_caption: ids; null: no limit.
+    """One split of a store, or of some rows of it, in its order. It may be empty. longest_caption: ids; null: no limit.
 
     No caption is refused: each is repaired (`lm.texts.repair`), cut if it is too long, and counted.
     """
@@ -152,8 +159,72 @@ def read_pairs(
         captions.append(ids)
         texts.append(text)
         counts.update(found)
-    codes = store.codes_list(split) if store.grid is None else store.codes_NhwQ(split)
-    return Pairs(captions, codes, texts, store.ids(split), store.concepts(split), dict(counts))
+    return Pairs(
+        captions, store.stored_codes(split), texts, store.ids(split), store.concepts(split), dict(counts)
+    )
+
+
+class PairsInParts:
+    """One split of a store of any size: nothing of it is held but a number a shard. See `lm.parts.PartedBatches`.
+
+    longest_caption: ids. ConfigError if it is null: the longest caption is not known before all have been read.
+    """
+
+    def __init__(
+        self,
+        store: CodeStore,
+        split: str,
+        encode_text: Encode,
+        longest_caption: int | None = LONGEST_CAPTION,
+    ):
+        if longest_caption is None:
+            raise ConfigError(
+                f"mixture.longest_caption=null: the store {store.folder} is read in parts, and how long a row must be "
+                "has to be known before its captions are; give a number"
+            )
+        self.store, self.split, self.encode_text = store, split, encode_text
+        self.longest_caption, self.counts = longest_caption, store.counts(split)
+
+    def __len__(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """All that occur."""
+        return self.store.grids
+
+    def part(self, number: int) -> Pairs:
+        """The pairs of a shard, read now and checked; a caption becomes ids each time that it is asked for.
+
+        ConfigError if the shard is not what the manifest says.
+        """
+        rows = self.store.part(number)
+        texts = rows.captions(self.split)
+        captions = Captions(texts, self.encode_text, self.longest_caption)
+        return Pairs(
+            captions, rows.stored_codes(self.split), texts, rows.ids(self.split), rows.concepts(self.split)
+        )
+
+    def report(self) -> str:
+        """One line, as `Pairs.report`."""
+        return f"{len(self):,} pairs, read in {np.count_nonzero(self.counts):,} parts"
+
+
+class Captions(Sequence[tuple[int, ...]]):
+    """Captions as ids (`read_caption`), each when it is drawn; the last is kept, for it is asked for twice."""
+
+    def __init__(self, texts: Sequence[str], encode_text: Encode, longest: int):
+        self.texts, self.encode_text, self.longest = texts, encode_text, longest
+        self._last: tuple[str | None, tuple[int, ...]] = None, ()
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: Any) -> Any:
+        text: Any = self.texts[index]
+        if text != self._last[0]:
+            self._last = text, read_caption(text, self.encode_text, self.longest)[1]
+        return self._last[1]
 
 
 def read_caption(

@@ -119,21 +119,12 @@ class Document:
         return 1 + sum(parts) + self.end
 
 
-class DocumentBatches(Dataset):
-    """Item n is the n-th batch of a run: `documents` documents, each of a drawn task, packed into rows.
+class Documents:
+    """Documents of each task, made of some pairs.
 
     Of an epoch's pairs each stands for one document; a task that does not take a single pair draws its material at
     random instead. A pair without a caption is a picture alone, whatever its task: it must not teach that captions are
     empty. For the same reason no <eos> follows a picture whose caption was left out.
-
-    row_length: positions of a row; None: as many as the longest possible document needs, at least `SHORTEST_ROW`.
-    texts: ids of each text. written: documents of a file. rank, ranks: of `ranks` processes, number `rank` gets every
-    `ranks`-th document of the same batch, from its own number on: together they see what one process sees.
-
-    Attributes:
-        longest: positions of the longest document that can occur; a model must have so many.
-
-    ConfigError if the mixture asks for what is not there, or the longest document does not fit into a row.
     """
 
     def __init__(
@@ -141,62 +132,23 @@ class DocumentBatches(Dataset):
         pairs: Pairs,
         form: SequenceFormat,
         mixture: Mixture,
-        documents: int,
-        row_length: int | None,
-        seed: int,
-        total: int,
         texts: Sequence[Sequence[int]] = (),
         written: Sequence[Written] = (),
-        rank: int = 0,
-        ranks: int = 1,
     ):
-        if not 0 <= rank < ranks <= documents:
-            raise ConfigError(
-                f"rank={rank} of ranks={ranks} with documents={documents}: each rank needs at least one document"
-            )
-        self.pairs, self.form, self.mixture, self.seed, self.total = pairs, form, mixture, seed, total
-        self.texts, self.written, self.rank, self.ranks = texts, written, rank, ranks
-        self.captioned = np.array([i for i, caption in enumerate(pairs.captions) if caption], np.int64)
-        self.kin = related(pairs) if mixture.edit else {}
-        self.edited = list(self.kin)
-        self._check_pairs()
-        self._check_tasks()
-        self.order = Order(len(pairs), documents, seed)
-        self.longest = max(self._longest(task) for task, weight in mixture.weights.items() if weight)
-        self.row_length = max(SHORTEST_ROW, self.longest) if row_length is None else row_length
-        if self.longest > self.row_length:
-            raise ConfigError(
-                f"row_length={row_length}: the longest document has {self.longest} positions; give that, or null"
-            )
+        self.pairs, self.form, self.mixture, self.texts, self.written = pairs, form, mixture, texts, written
 
-    def __len__(self) -> int:
-        return self.total
+    @cached_property
+    def captioned(self) -> np.ndarray:
+        """int64: the pairs that have a caption."""
+        return np.array([i for i, caption in enumerate(self.pairs.captions) if caption], np.int64)
 
-    def __getitem__(self, n: int) -> Batch:
-        random = np.random.default_rng([self.seed, n, 2])
-        drawn = [self.mixture.draw(random) for _ in range(self.order.batch_size)]
-        chosen = self.order.indices(n).tolist()
-        documents = [self.document(i, *task, random) for i, task in zip(chosen, drawn, strict=True)]
-        mine = range(self.rank, len(documents), self.ranks)
-        batch = pack(
-            [self.form.lay(documents[i].segments, documents[i].end) for i in mine], self.form, self.row_length
-        )
-        if self.mixture.noise:
-            self._disturb(batch, [each.length(self.form) for each in documents], mine, random)
-        return batch
+    @cached_property
+    def kin(self) -> dict[int, list[int]]:
+        return related(self.pairs) if self.mixture.edit else {}
 
-    def _disturb(self, batch: Batch, lengths: list[int], mine: range, random: np.random.Generator) -> None:
-        """Noise in place. It is drawn for the whole batch as one process packs it, and each rank takes its part."""
-        whole = arrange(tuple(lengths), self.row_length)
-        own = arrange(tuple(lengths[i] for i in mine), self.row_length)
-        W = batch.ids_BTW.shape[2]
-        chosen = torch.from_numpy(random.random(whole.shape) < self.mixture.noise).flatten()
-        drawn = torch.from_numpy(random.integers(0, self.form.vocabulary.codebook_size, (*whole.shape, W)))
-        theirs, ours = whole.places(mine), own.places(range(len(mine)))
-        flat_SW = batch.ids_BTW.view(-1, W)
-        flat_SW[ours] = disturb(flat_SW[ours], self.form, chosen[theirs], drawn.view(-1, W)[theirs])
-
-    # documents -------------------------------------------------------------------------------------------------
+    @cached_property
+    def edited(self) -> list[int]:
+        return list(self.kin)
 
     def document(self, index: int, task: str, dropped: bool, random: np.random.Generator) -> Document:
         """A document of a task. index: the pair whose turn it is."""
@@ -207,7 +159,7 @@ class DocumentBatches(Dataset):
         if task == "interleaved":
             return self._interleaved(random)
         if task == "written":
-            return self._written(int(random.integers(len(self.written))))
+            return self.of_file(int(random.integers(len(self.written))))
         if task == "image" or dropped or not self.pairs.captions[index]:
             return Document([self.pairs.image(index)], end=False)
         # what is read in both directions cannot be predicted from what came before
@@ -236,7 +188,7 @@ class DocumentBatches(Dataset):
         task = "text_to_image" if random.random() < 0.5 else "image_to_text"
         return Document([segment for i in chosen for segment in self.pairs.document(i, task)])
 
-    def _written(self, number: int) -> Document:
+    def of_file(self, number: int) -> Document:
         return Document(
             [
                 self.pairs.image(part.content, part.given)
@@ -245,6 +197,71 @@ class DocumentBatches(Dataset):
                 for part in self.written[number]
             ]
         )
+
+
+class DocumentBatches(Dataset):
+    """Item n is the n-th batch of a run: `documents` documents (`Documents`), each of a drawn task, packed into rows.
+
+    row_length: positions of a row; None: as many as the longest possible document needs, at least `SHORTEST_ROW`.
+    texts: ids of each text. written: documents of a file. rank, ranks: of `ranks` processes, number `rank` gets every
+    `ranks`-th document of the same batch, from its own number on: together they see what one process sees.
+
+    Attributes:
+        longest: positions of the longest document that can occur; a model must have so many.
+
+    ConfigError if the mixture asks for what is not there, or the longest document does not fit into a row.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        form: SequenceFormat,
+        mixture: Mixture,
+        documents: int,
+        row_length: int | None,
+        seed: int,
+        total: int,
+        texts: Sequence[Sequence[int]] = (),
+        written: Sequence[Written] = (),
+        rank: int = 0,
+        ranks: int = 1,
+    ):
+        check_ranks(rank, ranks, documents)
+        self.pairs, self.form, self.mixture, self.seed, self.total = pairs, form, mixture, seed, total
+        self.rank, self.ranks = rank, ranks
+        self.material = Documents(pairs, form, mixture, texts, written)
+        self._check_pairs()
+        self._check_tasks()
+        self.order = Order(len(pairs), documents, seed)
+        self.longest = max(self._longest(task) for task, weight in mixture.weights.items() if weight)
+        self.row_length = fitting_rows(row_length, self.longest)
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __getitem__(self, n: int) -> Batch:
+        random = np.random.default_rng([self.seed, n, 2])
+        drawn = [self.mixture.draw(random) for _ in range(self.order.batch_size)]
+        chosen = self.order.indices(n).tolist()
+        documents = [self.material.document(i, *task, random) for i, task in zip(chosen, drawn, strict=True)]
+        mine = range(self.rank, len(documents), self.ranks)
+        batch = pack(
+            [self.form.lay(documents[i].segments, documents[i].end) for i in mine], self.form, self.row_length
+        )
+        if self.mixture.noise:
+            self._disturb(batch, [each.length(self.form) for each in documents], mine, random)
+        return batch
+
+    def _disturb(self, batch: Batch, lengths: list[int], mine: range, random: np.random.Generator) -> None:
+        """Noise in place. It is drawn for the whole batch as one process packs it, and each rank takes its part."""
+        whole = arrange(tuple(lengths), self.row_length)
+        own = arrange(tuple(lengths[i] for i in mine), self.row_length)
+        W = batch.ids_BTW.shape[2]
+        chosen = torch.from_numpy(random.random(whole.shape) < self.mixture.noise).flatten()
+        drawn = torch.from_numpy(random.integers(0, self.form.vocabulary.codebook_size, (*whole.shape, W)))
+        theirs, ours = whole.places(mine), own.places(range(len(mine)))
+        flat_SW = batch.ids_BTW.view(-1, W)
+        flat_SW[ours] = disturb(flat_SW[ours], self.form, chosen[theirs], drawn.view(-1, W)[theirs])
 
     # what must hold before training ----------------------------------------------------------------------------
 
@@ -265,21 +282,21 @@ class DocumentBatches(Dataset):
 
     def _check_tasks(self) -> None:
         """ConfigError on a task that has a share and nothing to make it of."""
-        mixture, total = self.mixture, len(self.pairs)
-        if mixture.text and not len(self.texts):
+        mixture, material, total = self.mixture, self.material, len(self.pairs)
+        if mixture.text and not len(material.texts):
             raise ConfigError(
                 f"mixture.text={mixture.text}, but there are 0 texts: choose some, as texts=wordnet"
             )
-        if mixture.written and not self.written:
+        if mixture.written and not material.written:
             raise ConfigError(
                 f"mixture.written={mixture.written}, but {mixture.documents} has 0 training documents"
             )
-        if mixture.edit and not self.edited:
+        if mixture.edit and not material.edited:
             raise ConfigError(
                 f"mixture.edit={mixture.edit}, but of {total} pictures of {len(set(self.pairs.concepts))} concepts "
                 "0 have another one of their concept with another caption"
             )
-        if (mixture.interleaved or mixture.image_to_text) and not len(self.captioned):
+        if (mixture.interleaved or mixture.image_to_text) and not len(material.captioned):
             raise ConfigError(
                 f"mixture.image_to_text={mixture.image_to_text}, interleaved={mixture.interleaved}, "
                 f"but 0 of {total} pictures have a caption"
@@ -287,14 +304,36 @@ class DocumentBatches(Dataset):
 
     def _longest(self, task: str) -> int:
         """Positions of the longest document of a task."""
-        caption = max(len(c) for c in self.pairs.captions)
-        picture = self.form.longest_marked
         if task == "written":
-            return max(self._written(i).length(self.form) for i in range(len(self.written)))
-        count = self.mixture.pictures
-        parts = {"text": self.mixture.longest_text, "edit": caption + 2 * picture}
-        parts["interleaved"] = count * (caption + picture)
-        return parts.get(task, caption + picture) + ENDS
+            written = range(len(self.material.written))
+            return max(self.material.of_file(i).length(self.form) for i in written)
+        return longest_document(task, self.mixture, max(len(c) for c in self.pairs.captions), self.form)
+
+
+def check_ranks(rank: int, ranks: int, documents: int) -> None:
+    if not 0 <= rank < ranks <= documents:
+        raise ConfigError(
+            f"rank={rank} of ranks={ranks} with documents={documents}: each rank needs at least one document"
+        )
+
+
+def longest_document(task: str, mixture: Mixture, caption: int, form: SequenceFormat) -> int:
+    """Positions of the longest document of a task but "written". caption: ids of the longest one."""
+    picture, count = form.longest_marked, mixture.pictures
+    parts = {"text": mixture.longest_text, "edit": caption + 2 * picture}
+    parts["interleaved"] = count * (caption + picture)
+    return parts.get(task, caption + picture) + ENDS
+
+
+def fitting_rows(row_length: int | None, longest: int) -> int:
+    """Positions of a row. ConfigError if the longest document does not fit."""
+    if row_length is None:
+        return max(SHORTEST_ROW, longest)
+    if longest > row_length:
+        raise ConfigError(
+            f"row_length={row_length}: the longest document has {longest} positions; give that, or null"
+        )
+    return row_length
 
 
 def related(pairs: Pairs) -> dict[int, list[int]]:

@@ -161,7 +161,10 @@ def make_text_documents(rank=0, ranks=1):
 
 
 def train_lm(rank, world, folder):
-    """One run, and one that a signal to rank 1 alone stops and that goes on; their states in `folder`."""
+    """One run, one that a signal to rank 1 alone stops and that goes on, and one that one process has begun.
+
+    Their states in `folder`.
+    """
     import os
     import signal
     from pathlib import Path
@@ -181,7 +184,8 @@ def train_lm(rank, world, folder):
     folder, documents = Path(folder), make_documents(rank, world)
     stopped = lambda total: Terminated(documents(total), LM_STOP if rank == 1 else None)  # noqa: E731
     found = {}
-    for name, batches in (("whole", documents), ("parts", stopped), ("parts", documents)):
+    runs = (("whole", documents), ("parts", stopped), ("parts", documents), ("from-one", documents))
+    for name, batches in runs:
         torch.manual_seed(rank)
         learner = make_lm_learner(average=0.5)
         try:
@@ -193,6 +197,72 @@ def train_lm(rank, world, folder):
         found[f"{name}/samples"] = torch.tensor(data["counters"]["samples_seen"])
         found[f"{name}/signals"] = torch.tensor(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
     save_file(found, str(folder / f"rank-{rank}.safetensors"))
+
+
+class Killed:
+    """A run's batches; while batch `at` is read the process is killed."""
+
+    def __init__(self, batches, at):
+        self.batches, self.at = batches, at
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, n):
+        import os
+        import signal
+
+        if n == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.batches[n]
+
+
+def train_lm_killed(rank, world, folder, batches=LM_BATCHES, at=LM_STOP):
+    """A run in `folder`/killed that saves after each batch; its last rank is killed while it reads batch `at`."""
+    import os
+    from pathlib import Path
+
+    import torch
+
+    from vqlm import training
+    from vqlm.hardware import Hardware
+
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    documents = make_documents(rank, world)
+    killed = lambda total: Killed(documents(total), at if rank == world - 1 else None)  # noqa: E731
+    hardware = Hardware(torch.device("cpu"), "fp32", world, "ddp" if world > 1 else "single")
+    training.fit(
+        make_lm_learner(batches, average=0.5),
+        killed,
+        Path(folder) / "killed",
+        hardware,
+        "test",
+        checkpoint_minutes=1e-9,
+    )
+
+
+def continue_lm(rank, world, folder, name, batches):
+    """The run `folder`/name, from its last checkpoint if it has one; its state in `folder`/name.safetensors."""
+    import os
+    from pathlib import Path
+
+    import torch
+    from safetensors.torch import save_file
+
+    from vqlm import training
+    from vqlm.hardware import Hardware
+
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    training.leave = lambda: None
+    learner = make_lm_learner(batches, average=0.5)
+    hardware = Hardware(torch.device("cpu"), "fp32", world, "ddp")
+    training.fit(learner, make_documents(rank, world), Path(folder) / name, hardware, "test")
+    tensors = learner.training_state()[0]  # asks all ranks
+    if rank == 0:
+        kept = {k: v.detach().clone().contiguous() for k, v in tensors.items() if not k.startswith("random/")}
+        save_file(kept, f"{folder}/{name}.safetensors")
 
 
 # --- language models in parts ---------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from vqlm.errors import ConfigError
+from vqlm.ranks import processes_here
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal[
@@ -63,7 +64,9 @@ class Hardware:
         # a batch without pictures, or one of them, leaves parameters without a gradient
         strategy = "ddp_find_unused_parameters_true"
         plugins = [TorchElasticEnvironment()]  # who is who stands in the environment (`vqlm.ranks.start`)
-        return {**found, "devices": self.devices, "strategy": strategy, "plugins": plugins}
+        here = processes_here(self.devices)
+        shape = {"devices": here, "num_nodes": self.devices // here}
+        return {**found, **shape, "strategy": strategy, "plugins": plugins}
 
     def __str__(self) -> str:
         name = (
@@ -117,7 +120,7 @@ def _sharing(device: str, devices: int, strategy: Strategy) -> Literal["single",
         return "single"
     if device == "mps":
         raise ConfigError(f"devices={devices}: device=mps is a single one; use devices=1, or device=cpu")
-    if device == "cuda" and torch.cuda.device_count() < devices:
+    if device == "cuda" and torch.cuda.device_count() < processes_here(devices):
         raise ConfigError(f"devices={devices}: there are {torch.cuda.device_count()} CUDA devices here")
     if strategy == "fsdp":
         from vqlm.shards import check_shards

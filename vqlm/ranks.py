@@ -29,6 +29,11 @@ def rank() -> int:
     return dist.get_rank() if rank_count() > 1 else 0
 
 
+def processes_here(count: int) -> int:
+    """How many of a run's `count` processes share this machine: what torchrun says, else all."""
+    return min(count, int(os.environ.get("LOCAL_WORLD_SIZE", count)))
+
+
 def first_rank_says(value: float, device: torch.device) -> float:
     """The first rank's number, on each rank."""
     if rank_count() == 1:

@@ -248,7 +248,7 @@ def test_lengths_are_known_without_laying_and_none_exceeds_the_bound(layout):
     random = np.random.default_rng(0)
     for task in TASKS:
         for i in range(20):
-            document = data.document(i, task, False, random)
+            document = data.material.document(i, task, False, random)
             length = len(form.lay(document.segments, document.end))
             assert document.length(form) == length <= data._longest(task) <= data.longest
     assert {

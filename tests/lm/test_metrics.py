@@ -149,14 +149,14 @@ def test_held_out_styles_are_told_from_held_out_concepts():
         names = [f"{c}{n}" for n, c in enumerate(concepts)]
         return Pairs([(1,)] * len(names), codes[: len(names)], names, names, list(concepts))
 
-    parts = in_parts(pairs("aab"), pairs("acbd"))
+    parts = in_parts(pairs("aab"), pairs("acbd"), {"a", "b"})
     assert {name: part.concepts for name, part in parts.items()} == {
         "train": ["a", "a", "b"],
         "heldout": ["c", "d"],
         "heldout_style": ["a", "b"],
     }
     assert parts["heldout_style"].codes.flatten().tolist() == [0, 2]
-    assert set(in_parts(pairs("a"), pairs("b"))) == {"train", "heldout"}
+    assert set(in_parts(pairs("a"), pairs("b"), {"a"})) == {"train", "heldout"}
 
 
 # --- plain text -----------------------------------------------------------------------------------------------------

@@ -2,25 +2,43 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from on_ranks import LM_BATCHES, make_documents, make_lm_learner, run_on_ranks, train_lm
+from on_ranks import (
+    LM_BATCHES,
+    LM_STOP,
+    make_documents,
+    make_lm_learner,
+    run_on_ranks,
+    train_lm,
+    train_lm_killed,
+)
 from safetensors.torch import load_file
+from tiny import Terminated
+from torch.multiprocessing import ProcessExitedException
+from torch.utils.data import Dataset
 
-from vqlm.errors import ConfigError
+from vqlm.errors import ConfigError, Interrupted
 from vqlm.hardware import Hardware, detect
 from vqlm.ranks import start
 from vqlm.training import Checkpoints, fit, read_log
+
+ALONE = Hardware(torch.device("cpu"), "fp32")
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}  # sums over ranks are taken in another order
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
     """The folder of two ranks, and what each of them ends with."""
     folder = tmp_path_factory.mktemp("together")
+    with pytest.raises(Interrupted):
+        begun = lambda total: Terminated(make_documents()(total), LM_STOP)  # noqa: E731
+        fit(make_lm_learner(average=0.5), begun, folder / "from-one", ALONE, "test")
     run_on_ranks(train_lm, folder)
     return folder, [load_file(folder / f"rank-{rank}.safetensors") for rank in range(2)]
 
@@ -61,6 +79,43 @@ def test_a_checkpoint_of_two_ranks_goes_on_in_one_process(together, tmp_path):
     assert len(read_log(tmp_path / "log.jsonl")) < LM_BATCHES  # it went on
     for name, tensor in alone.model.state_dict().items():
         torch.testing.assert_close(tensor, ranks[0][f"whole/model/{name}"], atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_a_checkpoint_of_one_process_goes_on_in_two(together):
+    _, ranks = together
+    for found in ranks:
+        assert int(found["from-one/samples"]) == 6 * LM_BATCHES
+        names = [name for name in found if name.startswith("from-one/") and "/random/" not in name]
+        assert len(names) > 100
+        for name in names:
+            expected = found[name.replace("from-one", "whole")]
+            torch.testing.assert_close(found[name], expected, **CLOSE, msg=name)
+            assert torch.equal(found[name], ranks[0][name]), name
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9")
+def test_two_processes_that_were_killed_go_on_in_one(together, tmp_path):
+    """After the batches that were saved the same documents come in the same order, and weights end within rounding."""
+    _, ranks = together
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        run_on_ranks(train_lm_killed, tmp_path)
+    seen = []
+
+    class Seen(Dataset):
+        def __len__(self):
+            return LM_BATCHES
+
+        def __getitem__(self, n):
+            seen.append(n)
+            return make_documents()(LM_BATCHES)[n]
+
+    alone = make_lm_learner(average=0.5)
+    fit(alone, lambda total: Seen(), tmp_path / "killed", ALONE, "test")
+    assert seen == list(range(LM_STOP, LM_BATCHES))
+    assert alone.samples_seen == 6 * LM_BATCHES
+    for name, tensor in alone.training_state()[0].items():
+        if not name.startswith("random/"):
+            torch.testing.assert_close(tensor, ranks[0][f"whole/{name}"], **CLOSE, msg=name)
 
 
 TOGETHER = """

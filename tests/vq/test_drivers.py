@@ -16,12 +16,13 @@ import pytest
 import torch
 from archives import png, write_parquet, write_tar, write_tars
 from tiny import make_tokenizer, write_pictures
+from torch.utils.data import DataLoader
 
 from vq.archives import ParquetFiles, StreamedHub, Tars
 from vq.data import ImageData, ImageFolder
 from vq.drivers import Local, Ray, _next_outcome, _write_all, share_of
 from vq.encode import encode, main
-from vq.store import CodeStore
+from vq.store import CodeStore, reader
 from vqlm import files
 from vqlm.errors import ConfigError
 from vqlm.places import LocalPlace, place
@@ -261,7 +262,7 @@ def bucket(tmp_path_factory):
 
 
 @needs_s3
-def test_from_s3_to_s3(bucket, tars, tokenizer, whole):
+def test_from_s3_to_s3(bucket, tars, tokenizer, whole, monkeypatch):
     import s3fs
 
     s3fs.S3FileSystem().put(f"{tars}/", "pictures/tars/", recursive=True)
@@ -275,6 +276,13 @@ def test_from_s3_to_s3(bucket, tars, tokenizer, whole):
     assert len(store) == 40 and store[3].caption == "picture 3"
     store.verify()
     assert store.tokenizer_folder.joinpath("config.json").is_file()
+    with monkeypatch.context() as patch:
+        patch.setattr(reader, "IN_MEMORY", 1)
+        parted = CodeStore.open(
+            out
+        )  # read shard by shard, by processes that are forked from one with open connections
+        assert [row.id for row in DataLoader(parted, None, num_workers=2, timeout=60)] == store.ids()
+        assert parted.counts("train").sum() == len(store.ids("train"))
 
     before = contents(out)["shard-00002.parquet"]
     s3fs.S3FileSystem().pipe_file("pictures/store/shard-00002.parquet", before[:-7])

@@ -6,6 +6,7 @@ import threading
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -774,11 +775,86 @@ def test_without_verification_the_cheap_checks_and_the_first_reading_stand(tmp_p
 
 def test_large_stores_are_hashed_only_when_asked(tmp_path, monkeypatch):
     write(tmp_path / "store")
-    monkeypatch.setattr(reader, "ALWAYS_VERIFIED_BYTES", 1)
+    monkeypatch.setattr(reader, "IN_MEMORY", 1)
     monkeypatch.setattr(CodeStore, "verify", lambda self: 1 / 0)
     CodeStore.open(tmp_path / "store")
     with pytest.raises(ZeroDivisionError):
         CodeStore.open(tmp_path / "store", verify=True)
+
+
+# --- read in parts
+
+
+@pytest.fixture(params=["folder", "far away"])
+def parted(request, tmp_path, monkeypatch):
+    """13 pictures of a store that memory does not hold, where they are, and the same store in memory."""
+    where = tmp_path / "store" if request.param == "folder" else "memory://store"
+    write(where)
+    whole = CodeStore.open(where)
+    assert whole.in_memory and list(whole)
+    monkeypatch.setattr(reader, "IN_MEMORY", 1)
+    yield CodeStore.open(where), whole
+    if request.param != "folder":
+        fsspec.filesystem("memory").rm("/store", recursive=True)
+
+
+def test_a_store_in_parts_gives_what_one_in_memory_gives(parted, monkeypatch):
+    store, whole = parted
+    assert not store.in_memory
+    store.verify()
+    monkeypatch.setattr(CodeStore, "_rows", property(lambda self: 1 / 0))  # never all at once
+    rows = [store[i] for i in range(-13, 13)]
+    assert [row.id for row in rows] == 2 * [row.id for row in whole.__dict__["_rows"]]
+    for found, expected in zip(store, whole.__dict__["_rows"], strict=True):
+        assert torch.equal(found.codes_hwQ, expected.codes_hwQ)
+        assert (found.caption, found.concept, found.split) == (
+            expected.caption,
+            expected.concept,
+            expected.split,
+        )
+    with pytest.raises(IndexError):
+        store[13]
+    assert store.counts("train").tolist() == [4, 4, 2, 0] and store.counts("heldout").tolist() == [0, 0, 2, 1]
+    assert store.known_concepts("train", {"concept 0", "concept 3", "x"}) == {"concept 0", "concept 3"}
+    assert store.known_concepts("heldout", {"concept 0", "concept 3", "x"}) == {"concept 0"}
+    assert store.grids == ((2, 2),)
+    assert [len(store.sample("train", most).ids("train")) for most in (1, 5, 9, 99)] == [4, 6, 10, 10]
+    assert store.sample("heldout", 3).ids("heldout") == ["h/0", "h/1", "h/2"]
+    assert sum(len(store.part(number)) for number in range(store.parts)) == 13
+
+
+def test_the_latest_part_is_kept_and_no_other(parted, monkeypatch):
+    store, _ = parted
+    read, part = [], CodeStore.part
+    monkeypatch.setattr(CodeStore, "part", lambda self, number: read.append(number) or part(self, number))
+    assert len(list(store)) == 13 and read == [0, 1, 2, 3]
+
+
+def test_grids_of_a_store_in_parts_are_counted_without_its_codes(tmp_path, monkeypatch):
+    write(tmp_path / "store", FakeTokenizer(), Varied(), shard_size=3)
+    whole = CodeStore.open(tmp_path / "store").grids
+    monkeypatch.setattr(reader, "IN_MEMORY", 1)
+    monkeypatch.setattr(CodeStore, "part", lambda *_: 1 / 0)
+    assert CodeStore.open(tmp_path / "store").grids == whole == ((2, 2), (1, 1), (2, 3))
+
+
+def test_a_manifest_with_other_splits_than_the_shards_is_refused(parted):
+    store, _ = parted
+    store.manifest["splits"] = {"train": 9, "heldout": 4}
+    with pytest.raises(ConfigError, match="gives 9 pictures of split train, the shards have 10"):
+        store.counts("train")
+
+
+def test_damage_is_found_when_a_part_is_read_and_not_in_the_others(tmp_path, monkeypatch):
+    write(tmp_path / "store")
+    monkeypatch.setattr(reader, "IN_MEMORY", 1)
+    path = tmp_path / "store" / "shard-00001.parquet"
+    path.write_bytes(damage_flip(path.read_bytes()))
+    store = CodeStore.open(tmp_path / "store")
+    assert len(store.part(0)) == 4 and store[3].id == "t/3"
+    for read in (lambda: store.part(1), lambda: store[4], store.verify):
+        with pytest.raises(ConfigError, match=r"shard-00001\.parquet was changed after.*vq-encode"):
+            read()
 
 
 def test_an_unknown_split_is_refused(tmp_path):

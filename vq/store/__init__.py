@@ -9,6 +9,7 @@
     shard.py     rows ↔ the bytes of a shard
     manifest.py  what a store is made of, and what it holds
     writer.py    encode_shard, StoreWriter, write_store
+    rows.py      rows in memory
     reader.py    CodeStore
 
 `write_store` and `CodeStore.open` are the two directions. What is written depends on pictures and tokenizer alone (no
@@ -17,7 +18,8 @@ that many processes shared. The store does not know where pictures come from, ho
 model makes of the codes: it holds image-local codes in [0, K), never token ids.
 """
 
-from vq.store.reader import CodeStore, StoredPicture
+from vq.store.reader import CodeStore
+from vq.store.rows import Rows, StoredPicture
 from vq.store.shard import SPLITS
 from vq.store.work import Loaded, Pictures, Piece, Pieces, Ranges, Record
 from vq.store.writer import Outcome, StoreWriter, Unfinished, encode_shard, write_store
@@ -25,6 +27,7 @@ from vq.store.writer import Outcome, StoreWriter, Unfinished, encode_shard, writ
 __all__ = [
     "SPLITS",
     "CodeStore",
+    "Rows",
     "StoredPicture",
     "Loaded",
     "Record",

@@ -89,7 +89,7 @@ def read_manifest(place: Place) -> dict[str, Any]:
             manifest = json.loads(file.read().decode("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(_why_no_manifest(place)) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}; {again(place)}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ConfigError(f"{path} is not the manifest of a code store")
