@@ -5,7 +5,6 @@ ranges of ids, layout, grids, attention to pictures, head, sampling, fingerprint
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -28,7 +27,8 @@ from lm.vocab import IMAGE_END, IMAGE_START, ROW_END, Vocabulary, grid_name
 from vqlm import __version__
 from vqlm.checkpoint import describe, load_tensors, rebuild
 from vqlm.errors import ConfigError, nearest
-from vqlm.files import seal_is_broken, sealed, sha256, write_json
+from vqlm.files import read_json, seal_is_broken, sealed, sha256, write_json
+from vqlm.hub import check_model_folder
 
 FORMAT = 1
 HEADS = (LinearHead, ParallelHead, LayeredHead, DepthTransformerHead)  # that a bundle may name
@@ -80,7 +80,8 @@ def about(form: SequenceFormat, head: Head, sampling: Sampling, fingerprint: str
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """multimodal.json of a bundle; ConfigError if there is none, or of another format."""
+    """multimodal.json of a bundle; ConfigError if there is none, or of another format, or if the folder asks for more
+    than reading it (`vqlm.hub.check_model_folder`)."""
     path = folder / "multimodal.json"
     if not path.is_file():
         if (folder / "model" / "multimodal.json").is_file():
@@ -89,8 +90,9 @@ def read_about(folder: Path) -> dict[str, Any]:
             )
         siblings = [p.parent.name for p in folder.parent.glob("*/multimodal.json")]
         raise ConfigError(f"no model at {folder}: multimodal.json is missing{nearest(folder.name, siblings)}")
+    check_model_folder(folder)
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = read_json(path)
         if about["format"] != FORMAT or isinstance(about["format"], bool):
             raise ConfigError(f"{path} has format {about['format']!r}; this version of vqlm reads {FORMAT}")
         missing = {"fingerprint", "vocabulary", "layout", "grids", "head"} - about.keys()
@@ -98,7 +100,7 @@ def read_about(folder: Path) -> dict[str, Any]:
             raise ConfigError(f"{path} lacks {sorted(missing)}")
     except ConfigError:
         raise
-    except (TypeError, KeyError, ValueError, RecursionError, OverflowError) as error:
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise ConfigError(f"{path} is damaged: {error!r}") from error
     return about
 
@@ -231,8 +233,8 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        metrics = read_json(path)
+    except ValueError as error:
         raise ConfigError(f"{path} is damaged: {error}") from error
     if not isinstance(metrics, dict):
         raise ConfigError(f"{path} is damaged: an object is expected, found {type(metrics).__name__}")

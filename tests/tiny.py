@@ -117,6 +117,53 @@ def make_plain_llama(folder):
     tokenizer.save_pretrained(folder)
 
 
+def write_gguf(path, lm, tokenizer):
+    """A llama model and a byte-level BPE in llama.cpp's format, with names and row order of its own."""
+    import gguf
+
+    c = lm.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_rope_dimension_count(c.hidden_size // c.num_attention_heads)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(c.vocab_size)
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    tokens = [*model["vocab"], "<s>", "</s>"]
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * len(model["vocab"]) + [3, 3])
+    writer.add_token_merges([" ".join(m) for m in model["merges"]])
+    writer.add_bos_token_id(len(tokens) - 2)
+    writer.add_eos_token_id(len(tokens) - 1)
+    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
+    names |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
+    names |= {
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    for name, tensor in lm.state_dict().items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):  # llama.cpp turns pairs, transformers halves
+            n = c.num_attention_heads
+            tensor = tensor.reshape(n, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+        name = name.replace("model.layers.", "blk.").replace("model.embed_tokens", "token_embd")
+        name = name.replace("model.norm", "output_norm").replace("lm_head", "output")
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        writer.add_tensor(name, tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def quantizer_files():
     """Name → what each file of conf/quantizer sets, its `defaults` merged in: tokenizer.quantizer, learner.losses."""
     from omegaconf import OmegaConf
@@ -155,6 +202,76 @@ def make_quantizer(node, seed=0):
             K, width = quantizer.codebook(book).shape
             quantizer.replace_codes(book, torch.arange(K), torch.randn(K, width))
     return quantizer
+
+
+class MadePictures:
+    """`vq.store.Pictures` without pixels: numbered captions, three to a concept, a fifth held out."""
+
+    digest = "made"
+
+    def __init__(self, count, more_captions=""):
+        self.count, self.more = count, more_captions
+
+    def __len__(self):
+        return self.count
+
+    def load(self, start, stop):
+        import torch
+
+        from vq.store import Loaded, Record
+
+        records = [
+            Record(
+                f"p{i:07d}",
+                f"a red circle, inset {i}{self.more}",
+                f"c{i // 3}",
+                "heldout" if i // 3 % 5 == 4 else "train",
+            )
+            for i in range(start, stop)
+        ]
+        return Loaded(records, torch.zeros(stop - start, 3, 1, 1, dtype=torch.uint8))
+
+
+class MadeCodes:
+    """A tokenizer whose codes are drawn, for stores of made pictures."""
+
+    image_size, downsample, fingerprint = 8, 4, "made"
+
+    def __init__(self, codebook_size=16, depth=2, grid=(2, 2)):
+        import numpy as np
+
+        self.codebook_size, self.depth, self.grid, self.random = (
+            codebook_size,
+            depth,
+            grid,
+            np.random.default_rng(0),
+        )
+
+    def encode(self, x_BCHW):
+        import torch
+
+        shape = (len(x_BCHW), *self.grid, self.depth)
+        return torch.from_numpy(self.random.integers(0, self.codebook_size, shape))
+
+    def save_pretrained(self, folder):
+        (folder / "config.json").write_text(json.dumps({"fingerprint": self.fingerprint}))
+
+
+def write_made_store(folder, count, shard_size, tokenizer=None, more_captions=""):
+    """A store of made pictures with drawn codes; returns its folder."""
+    from vq.store import write_store
+
+    made = MadePictures(count, more_captions)
+    write_store(
+        folder,
+        tokenizer or MadeCodes(),
+        made,
+        source={"name": "made"},
+        shard_size=shard_size,
+        batch_size=1024,
+        progress=False,
+    )
+    return folder
 
 
 class Terminated:

@@ -255,7 +255,8 @@ class ImageFolder:
         return _utf8(file.relative_to(self.path).as_posix())
 
     def _load(self, file: Path) -> Image.Image:
-        if not self.follow_links and not file.resolve().is_relative_to(self.path):
+        # realpath: a link that leads to itself stays what it is, where Path.resolve raises
+        if not self.follow_links and not Path(os.path.realpath(file)).is_relative_to(self.path):
             raise Reject("outside-folder", "a link that leads out of the folder; follow_links=true allows it")
         return open_image(file)
 

@@ -336,8 +336,13 @@ def fetch(package: Package, folder: Path) -> Path:
         if found != package.sha256:
             raise ConfigError(f"{what} has the content {found}, expected {package.sha256}: it is not used")
         unpacked = Path(scratch, "unpacked")
-        with tarfile.open(archive) as tar:
-            tar.extractall(unpacked, members=_wanted(tar, package), filter="data")
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extractall(unpacked, members=_wanted(tar, package), filter="data")
+        except tarfile.TarError as error:  # members that lead out of the folder too
+            raise ConfigError(f"{what} cannot be unpacked: {error}") from error
+        if not (unpacked / "package").is_dir():
+            raise ConfigError(f"{what} holds none of {', '.join(package.parts)}")
         try:
             os.replace(unpacked / "package", folder / package.folder)
         except OSError:

@@ -159,6 +159,10 @@ class Scorer(nn.Module):
 
     def __init__(self, judge: Judge, tokenizer: str):
         super().__init__()
+        if not isinstance(judge, Judge) or not isinstance(tokenizer, str):
+            raise ValueError(
+                f"a judge and a fingerprint are needed, found {judge!r:.80} and {tokenizer!r:.80}"
+            )
         self.judge, self.fingerprint = judge, tokenizer
         self._tokenizer: tuple[ImageTokenizer, ...] = ()  # a tuple: it is saved in a folder of its own
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from vqlm.checkpoint import declared
 from vqlm.errors import ConfigError
+from vqlm.hub import check_model_folder
 
 WORD = re.compile(r"\w+|[^\w\s]")
 CHARACTERS_PER_TOKEN = 16  # of what a pretrained encoder is given: more than any tokenizer's average
@@ -181,10 +182,11 @@ def _load(path: str, pooling: str) -> tuple[nn.Module, Any]:
 
     if Path(path).is_absolute() and not Path(path).is_dir():
         raise ConfigError(f"path={path} is not a folder")
+    check_model_folder(path)
     try:
-        split = AutoTokenizer.from_pretrained(path)
+        split = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         net, found = AutoModel.from_pretrained(
-            path, dtype="float32", use_safetensors=True, output_loading_info=True
+            path, dtype="float32", use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # what the library raises depends on which file is wrong, and how
         raise ConfigError(

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vqlm.errors import ConfigError, nearest
-from vqlm.files import new_folder, seal_is_broken, sealed, sha256, write_text
+from vqlm.files import new_folder, read_json, seal_is_broken, sealed, sha256, write_text
 
 FORMAT = 1
 T = TypeVar("T", bound=type)
@@ -112,7 +112,7 @@ def load_module(folder: str | Path, kind: type) -> nn.Module:
     except ConfigError as error:
         raise ConfigError(f"{folder}/config.json: {error}") from error
     if not isinstance(module, kind):
-        raise ConfigError(f"{folder} holds a {type(module).__name__}, not a {kind.__name__}")
+        raise ConfigError(f"{folder}/config.json holds a {type(module).__name__}, not a {kind.__name__}")
     load_tensors(module, folder / "model.safetensors")
     saved = config.get("sha256")  # older folders have none
     if seal_is_broken(config) or (saved and saved != sha256(folder / "model.safetensors")):
@@ -136,7 +136,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"no saved model at {folder}: {path.name} is missing{nearest(Path(folder).name, siblings)}"
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):

@@ -18,6 +18,7 @@ from typing import Any
 # `.NAME.<8 hex>.part` is being written, `.NAME.<8 hex>.old` is about to be removed. One pattern, so that
 # `clean` can tell them from a user's own files.
 LEFTOVER = re.compile(r"^\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<kind>part|old)$")
+LARGEST_JSON = 2**27  # bytes; the text tokenizers of today's largest vocabularies have a quarter of it
 
 
 @contextmanager
@@ -60,6 +61,22 @@ def write_json(path: str | Path, value: Any) -> None:
         ValueError, TypeError: `value` holds what JSON cannot say, NaN and infinity included; nothing is written.
     """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """What a file of JSON says. ValueError on other content, and on a file that is too long; OSError as for `open`."""
+    check_length(path)
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def check_length(path: str | Path) -> None:
+    """ValueError unless a file of JSON is short enough to be read: reading takes many times its length in memory."""
+    length = os.path.getsize(path)
+    if length > LARGEST_JSON:
+        raise ValueError(f"it has {length:,} bytes, at most {LARGEST_JSON:,} are read")
 
 
 def sealed(data: dict[str, Any]) -> dict[str, Any]:

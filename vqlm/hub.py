@@ -16,8 +16,12 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from vqlm.errors import ConfigError
+from vqlm.files import check_length, read_json
 
 DATA = ("*.json", "*.safetensors", "*.md", "*.txt", "*.jinja", "*.model")  # kinds of files that are fetched
+
+
+ATTENTION = ("attn_implementation", "experts_implementation")  # of config.json, public or private
 
 
 class Hub(Protocol):
@@ -42,6 +46,40 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(DATA)))
     except Exception as error:  # the hub's own, and those of the network
         raise ConfigError(f"{name} is neither a folder nor a hub id at hand: {error}") from error
+
+
+def check_model_folder(folder: str | Path) -> None:
+    """ConfigError where a local folder of transformers' files asks for more than reading the data in it.
+
+    For whoever hands it to transformers, which would follow: code of the hub named as an attention, weights by a path
+    that leads elsewhere, an adapter, whose weights are added without a word, and JSON of any length. Code beside a
+    model is another matter: it is not run with trust_remote_code=False.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return
+    if (folder / "adapter_config.json").exists():
+        raise ConfigError(
+            f"{folder}/adapter_config.json: this is an adapter, or holds one; merge it into its model first (peft's "
+            "merge_and_unload), or remove the file"
+        )
+    for path in sorted(folder.glob("*.json")):
+        try:
+            check_length(path)
+            told = read_json(path) if path.name == "config.json" or path.name.endswith(".index.json") else {}
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from error
+        _check_description(path, told if isinstance(told, dict) else {})
+
+
+def _check_description(path: Path, told: dict[str, Any]) -> None:
+    for key, value in told.items():
+        if key.removeprefix("_").removesuffix("_internal") in ATTENTION and "/" in str(value):
+            raise ConfigError(f"{path}: {key}={value!r} names code of the hub, which is not run here")
+    where = told.get("weight_map", {})
+    names = set(map(str, where.values())) if isinstance(where, dict) else set()
+    if elsewhere := sorted(name for name in names if Path(name).name != name):
+        raise ConfigError(f"{path} names files outside its folder: {', '.join(elsewhere[:4])}")
 
 
 def is_hub_id(name: str) -> bool:

@@ -33,7 +33,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
 from vqlm.errors import ConfigError, Interrupted
-from vqlm.files import clean, new_folder, seal_is_broken, sealed, sha256, write_json, write_text
+from vqlm.files import clean, new_folder, read_json, seal_is_broken, sealed, sha256, write_json, write_text
 from vqlm.hardware import Hardware, peak_flops
 from vqlm.progress import percent
 from vqlm.ranks import (
@@ -495,7 +495,7 @@ class Checkpoints:
             clean(self.folder)
         for path in reversed(self.all()):
             try:
-                data = json.loads((path / "state.json").read_text(encoding="utf-8"))
+                data = read_json(path / "state.json")
                 whole = (path / WHOLE).is_file()
                 found = sha256(path / WHOLE) if whole else checksums(path)
                 if not isinstance(data, dict) or seal_is_broken(data) or data["sha256"] != found:
@@ -504,7 +504,11 @@ class Checkpoints:
                 warnings.warn(f"{path} is damaged ({error}); trying the one before", stacklevel=2)
                 continue
             self._check(path, data.get("identity", {}))
-            tensors = _read_whole(path / WHOLE, learner) if whole else _read_parts(path, learner)
+            try:
+                tensors = _read_whole(path / WHOLE, learner) if whole else _read_parts(path, learner)
+            except (SafetensorError, OSError) as error:  # a right checksum of what was never a checkpoint
+                warnings.warn(f"{path} cannot be read ({error}); trying the one before", stacklevel=2)
+                continue
             learner.load_training_state(tensors, data)
             return path
         return None

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from tiny import write_gguf
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -463,55 +464,6 @@ def test_without_the_packages_it_says_what_to_install(monkeypatch, tmp_path):
 
 HAS_GGUF = importlib.util.find_spec("gguf") and importlib.util.find_spec("accelerate")
 SLOW = os.environ.get("VQLM_SLOW") == "1"
-
-
-def write_gguf(path, lm, tokenizer):
-    """A llama model and a byte-level BPE in llama.cpp's format, with names and row order of its own."""
-    import json
-
-    import gguf
-
-    c = lm.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(128)
-    writer.add_embedding_length(c.hidden_size)
-    writer.add_block_count(c.num_hidden_layers)
-    writer.add_feed_forward_length(c.intermediate_size)
-    writer.add_head_count(c.num_attention_heads)
-    writer.add_head_count_kv(c.num_key_value_heads)
-    writer.add_rope_dimension_count(c.hidden_size // c.num_attention_heads)
-    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(c.vocab_size)
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    tokens = [*model["vocab"], "<s>", "</s>"]
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * len(model["vocab"]) + [3, 3])
-    writer.add_token_merges([" ".join(m) for m in model["merges"]])
-    writer.add_bos_token_id(len(tokens) - 2)
-    writer.add_eos_token_id(len(tokens) - 1)
-    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
-    names |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
-    names |= {
-        "mlp.down_proj": "ffn_down",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-    }
-    for name, tensor in lm.state_dict().items():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):  # llama.cpp turns pairs, transformers halves
-            n = c.num_attention_heads
-            tensor = tensor.reshape(n, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
-        name = name.replace("model.layers.", "blk.").replace("model.embed_tokens", "token_embd")
-        name = name.replace("model.norm", "output_norm").replace("lm_head", "output")
-        for theirs, ours in names.items():
-            name = name.replace(theirs, ours)
-        writer.add_tensor(name, tensor.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.mark.skipif(not HAS_GGUF, reason="the packages of the extra `gguf` are not installed")

@@ -6,7 +6,6 @@ weights they are.
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vqlm.errors import ConfigError, nearest
+from vqlm.files import read_json
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 INDEX = (".safetensors.index.json", ".bin.index.json")
@@ -86,8 +86,8 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        return read_json(path)
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
 
 
