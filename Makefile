@@ -3,7 +3,7 @@
 # PYTHON=...       the interpreter to build .venv with (default: the first of 3.11, 3.12, 3.13 that starts)
 # TORCH_INDEX=...  a package index to take torch from, such as one that holds CPU builds only. Without it the
 #                  usual index is asked, whose Linux builds of torch bring several GB of CUDA libraries.
-# ARGS=...         more words for the command: make demo ARGS="pictures=DIR", make test ARGS="-k store"
+# ARGS=...         more words for the command: make demo ARGS="pictures=DIR", make test ARGS="-k store -n0" (one process)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -22,8 +22,12 @@ TORCH_CPU := torch==2.13.0
 STAMP := $(VENV)/.setup-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 # Tests and checks never ask the network for models or data.
 OFFLINE := HF_HUB_OFFLINE=1
+# Tests run in as many processes as there are cores, a core for each: more would fight. From five on memory would run
+# short before the time does; a file is never shared by two processes (its fixtures train models).
+WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n > 4 ? 4 : n)))
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo smoke test faults check bench clean
+.PHONY: help setup demo smoke test faults check audit lock bench clean
 
 help:  ## print this list
 	@awk -F ":.*## " "/^[a-z-]+:.*## / { printf \"  make %-6s  %s\\n\", \$$1, \$$2 }" $(MAKEFILE_LIST)
@@ -37,7 +41,7 @@ smoke: setup  ## the whole road on a toy set, in a minute
 	$(BIN)/python -m vqlm.demo size=smoke out=runs/smoke $(ARGS)
 
 test: setup  ## prove it: unit, config, journey and wheel tests
-	$(OFFLINE) $(BIN)/python -m pytest tests -q $(ARGS)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q $(PARALLEL) $(ARGS)
 
 faults: setup  ## the faults of docs/reliability.md at full count, and its table anew (about half an hour)
 	FAULTS=full $(OFFLINE) $(BIN)/python -m pytest tests/faults -q --timeout 1800 $(ARGS)
@@ -47,6 +51,18 @@ check: setup  ## lint, format, types, import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+audit:  ## known holes in the packages of requirements-cpu.txt, where an advisory database can be reached
+	@$(find_python); [[ -x build/audit/bin/pip-audit ]] || { "$$python" -m venv build/audit && \
+	  build/audit/bin/pip --disable-pip-version-check install --quiet pip-audit==2.10.1; } || \
+	  { echo "audit: not run: pip-audit cannot be installed from here"; exit 0; }; \
+	build/audit/bin/python .ci/audit.py $(ARGS)
+
+lock: setup  ## requirements-cpu.txt anew: each package of constraints.txt with the sha256 of its file
+	@mkdir -p build
+	$(PIP) install --quiet --dry-run --ignore-installed --report build/lock.json \
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt '$(TORCH_CPU)+cpu' -e '.[demo,dev]'
+	$(BIN)/python .ci/lock.py < build/lock.json > build/lock.txt && mv build/lock.txt requirements-cpu.txt
 
 bench: setup  ## the quantizer: ours, the library, the limit
 	$(OFFLINE) $(BIN)/python benchmarks/quantizer.py $(ARGS)

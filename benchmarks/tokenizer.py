@@ -47,6 +47,7 @@ from vq.store import CodeStore
 from vq.tokenizer import ImageTokenizer
 
 SIDE, BATCH = 256, 16
+START = "import vq.drivers, vq.pieces, vq.store.writer"  # what `vq-encode` imports before its first picture
 COMPARED = 48  # pictures whose codes are compared between layouts and precisions
 OURS, LIMIT = "VQ-16 bf16 nhwc", "VQ-16 convolutions alone"
 PREDICTED_SHARE, PREDICTED_COMMAND = 0.75, 0.90
@@ -294,7 +295,7 @@ def end_to_end(count: int, rounds: int, threads: int) -> dict[str, Any]:
             steps: dict[str, Callable[[], float]] = {
                 "command": lambda: command(folder, threads),
                 "bare": lambda: seconds(lambda: codes.update(run())),
-                "start": lambda: seconds(lambda: python(["-c", "import vq.encode"], threads)),
+                "start": lambda: seconds(lambda: python(["-c", START], threads)),
             }
             for step in list(steps)[:: -1 if number % 2 else 1]:
                 taken[step].append(steps[step]())

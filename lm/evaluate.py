@@ -12,32 +12,33 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from lm import metrics
-from lm.data import Pairs, open_store, read_pairs
-from lm.metrics import Gallery, PlainText
-from lm.pipeline import Pipeline, sheet
-from lm.sequence import Grid
-from lm.source import load
-from lm.texts import Texts
-from lm.vocab import text_to_ids
 from vqlm.command import command
 from vqlm.errors import ConfigError
 from vqlm.files import write_json
-from vqlm.hardware import Device
+
+# torch, transformers and all that: seconds, which `--help` and a mistyped key do not wait for. Functions import them.
+if TYPE_CHECKING:
+    from torch import nn
+
+    import lm.texts
+    import vqlm.hardware
+    from lm.data import Pairs
+    from lm.pipeline import Pipeline
+    from lm.sequence import Grid
 
 STYLES = "heldout_style"
+SAMPLED = (
+    4096  # pictures of a split, at least, of a store that is read in parts; of one in memory all are taken
+)
 NAMES = {"train": "train", "heldout": "heldout", STYLES: "held-out style"}
 
 
 def evaluate(
     model: str,
     store: str,
-    texts: Texts,
+    texts: lm.texts.Texts,
     base: str | None,
     guidance: float | None,
     temperature: float | None,
@@ -49,9 +50,12 @@ def evaluate(
     context: int,
     seed: int,
     out: str,
-    device: Device,
+    device: vqlm.hardware.Device,
 ) -> None:
     """Measure a saved bundle on the store of its tokenizer, and on texts that it was not trained on."""
+    from lm import metrics
+    from lm.pipeline import Pipeline
+
     if train_captions < 0 or heldout_captions < 0:
         raise ConfigError(
             f"train_captions={train_captions}, heldout_captions={heldout_captions}: not negative"
@@ -84,6 +88,9 @@ def kept(
     base: folder or hub id; None: what `lm-train` wrote into `trained`, the metrics.json beside the bundle, if that was
     measured on the same texts. Without either there is `after` alone.
     """
+    from lm import metrics
+    from lm.metrics import PlainText
+
     try:
         text = PlainText.of(pipeline, texts)
     except ValueError as error:
@@ -100,6 +107,9 @@ def kept(
 
 def open_base(name: str, pipeline: Pipeline, texts: Sequence[str], size: int) -> nn.Module:
     """The base model of a bundle. ConfigError if it cannot be loaded, or has another vocabulary than the bundle's."""
+    from lm.source import load
+    from lm.vocab import text_to_ids
+
     try:
         language_model, tokenizer = load(name)
     except ValueError as error:
@@ -136,14 +146,26 @@ def report(
 ) -> dict[str, Any]:
     """Measure; write metrics.json and samples.png; print a table. Returns the metrics.
 
-    Drawn pictures are compared with the whole set as the image tokenizer reconstructs it: a store holds no pixels.
+    Drawn pictures are compared with the whole set as the image tokenizer reconstructs it: a store holds no pixels. Of a
+    store that is read in parts a sample of each split stands for it.
     """
+    from lm import metrics
+    from lm.data import open_store, read_pairs
+    from lm.metrics import Gallery
+    from lm.pipeline import sheet
+
     store = open_store(store_folder, pipeline.model.form)
     store.check(pipeline.images)
     result: dict[str, Any] = dict(extra or {})
     result["sampling"] = asdict(pipeline.sampling) | {"seed": seed}
     result["compared"] = "squared pixel distance to the set's reconstructions"
-    parts = in_parts(*(read_pairs(store, split, pipeline.encode_text) for split in ("train", "heldout")))
+    train, heldout = (
+        read_pairs(store.sample(split, SAMPLED), split, pipeline.encode_text)
+        for split in ("train", "heldout")
+    )
+    if not store.in_memory:
+        result["compared"] += f", a sample of {len(train) + len(heldout):,} of {len(store):,} pictures"
+    parts = in_parts(train, heldout, store.known_concepts("train", set(heldout.concepts)))
     gallery = Gallery.of(pipeline, list(parts.values()))
     pictures, labels = [], []
     first: dict[Grid, int] = {}
@@ -169,9 +191,11 @@ def report(
     return result
 
 
-def in_parts(train: Pairs, heldout: Pairs) -> dict[str, Pairs]:
-    """What was trained on; held-out concepts; and held-out pictures whose concept was trained on in another style."""
-    known = set(train.concepts)
+def in_parts(train: Pairs, heldout: Pairs, known: set[str]) -> dict[str, Pairs]:
+    """What was trained on; held-out concepts; and held-out pictures whose concept was trained on in another style.
+
+    known: concepts that were trained on.
+    """
     styles = [i for i, concept in enumerate(heldout.concepts) if concept in known]
     concepts = [i for i, concept in enumerate(heldout.concepts) if concept not in known]
     parts = {"train": train, "heldout": select(heldout, concepts)}
@@ -180,6 +204,8 @@ def in_parts(train: Pairs, heldout: Pairs) -> dict[str, Pairs]:
 
 def select(pairs: Pairs, chosen: list[int]) -> Pairs:
     """Some of the pairs, in this order."""
+    import torch
+
     codes = pairs.codes
     return replace(
         pairs,

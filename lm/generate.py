@@ -13,15 +13,16 @@ import re
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lm.pipeline import Pipeline, sheet
 from vqlm.command import command
 from vqlm.errors import ConfigError
-from vqlm.hardware import Device
+
+if TYPE_CHECKING:
+    import vqlm.hardware
 
 
 def generate(
@@ -41,7 +42,7 @@ def generate(
     seed: int,
     size: list[int] | None,
     out: str,
-    device: Device,
+    device: vqlm.hardware.Device,
 ) -> None:
     """Draw n pictures of a prompt."""
     if not 1 <= n <= 4096:
@@ -50,6 +51,9 @@ def generate(
         raise ConfigError(f"best_of={best_of}: from 1 to {4096 // n} for each of {n} pictures")
     if size is not None and len(size) != 2:
         raise ConfigError(f"size={size}: height and width in pixels, such as [64,64], or null")
+    # not above: torch and transformers take seconds, which `--help` and a mistyped key do not wait for
+    from lm.pipeline import Pipeline, sheet
+
     pipeline = Pipeline.from_pretrained(model, device)
     try:
         shape = None if size is None else (size[0], size[1])

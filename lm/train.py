@@ -11,59 +11,69 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from lm.architecture import check_context
-from lm.callbacks import Retention
-from lm.data import Encoded, identity, open_store, read_documents, read_pairs
-from lm.decoding import Sampling
-from lm.evaluate import report
-from lm.heads import Head
-from lm.learner import LMLearner
-from lm.mixture import DocumentBatches, Mixture
-from lm.model import decoder_layers
-from lm.pipeline import Pipeline, images_of, pictures_of
-from lm.sequence import Delayed, Flat, PictureAttention, Stacked
-from lm.source import Source
-from lm.texts import NoTexts, Texts, repair
-from lm.tune import Tune
 from vqlm.command import command
 from vqlm.errors import ConfigError
-from vqlm.hardware import Device, Precision, Strategy, detect
-from vqlm.ranks import rank, rank_count, start
-from vqlm.training import check_loading, fit
+
+# torch, transformers and all that: seconds, which `--help` and a mistyped key do not wait for. `train` imports them.
+if TYPE_CHECKING:
+    import lm.callbacks
+    import lm.decoding
+    import lm.heads
+    import lm.learner
+    import lm.mixture
+    import lm.sequence
+    import lm.source
+    import lm.texts
+    import lm.tune
+    import vqlm.hardware
 
 TOKENIZER_TEXTS = 20_000  # of a corpus that a new text tokenizer looks at, beside the captions
+TOKENIZER_CAPTIONS = 200_000  # of a store that is read in parts; of one in memory it looks at all
 
 
 def train(
     store: str,
-    lm: Source,
-    tune: Tune,
-    layout: Flat | Stacked | Delayed,
-    head: Callable[..., Head],
+    lm: lm.source.Source,
+    tune: lm.tune.Tune,
+    layout: lm.sequence.Flat | lm.sequence.Stacked | lm.sequence.Delayed,
+    head: Callable[..., lm.heads.Head],
     row_ends: bool,
-    picture_attention: PictureAttention,
-    learner: Callable[..., LMLearner],
-    texts: Texts,
-    mixture: Mixture,
-    retention: Retention,
+    picture_attention: lm.sequence.PictureAttention,
+    learner: Callable[..., lm.learner.LMLearner],
+    texts: lm.texts.Texts,
+    mixture: lm.mixture.Mixture,
+    retention: lm.callbacks.Retention,
     documents: int,
     row_length: int | None,
-    sampling: Sampling,
+    sampling: lm.decoding.Sampling,
     train_captions: int,
     heldout_captions: int,
     seed: int,
     out: str,
     resume: Literal["auto", "never"],
-    device: Device,
+    device: vqlm.hardware.Device,
     devices: int,
-    strategy: Strategy,
-    precision: Precision,
+    strategy: vqlm.hardware.Strategy,
+    precision: vqlm.hardware.Precision,
     workers: int,
     checkpoint_minutes: float,
 ) -> None:
     """Train a language model to read and write text and pictures, then measure it."""
+    from lm.architecture import check_context
+    from lm.data import Encoded, PairsInParts, identity, open_store, read_documents, read_pairs
+    from lm.evaluate import report
+    from lm.mixture import DocumentBatches
+    from lm.model import decoder_layers
+    from lm.parts import PartedBatches, check_not_written
+    from lm.pipeline import Pipeline, images_of, pictures_of
+    from lm.sequence import Delayed
+    from lm.texts import NoTexts, repair
+    from vqlm.hardware import detect
+    from vqlm.ranks import rank, rank_count, start
+    from vqlm.training import check_loading, fit
+
     if documents < 1 or train_captions < 0 or heldout_captions < 0:
         raise ConfigError(
             f"documents={documents} must be at least 1, "
@@ -84,10 +94,13 @@ def train(
     start(devices, hardware.device)
 
     codes = open_store(store)
+    if not codes.in_memory:
+        check_not_written(mixture, codes.folder)
     images = images_of(codes)
     pictures = pictures_of(codes, images, row_ends)
     corpus = texts.train() if mixture.text else []
-    captions = [repair(caption)[0] for caption in codes.captions("train")]
+    sample = codes.sample("train", TOKENIZER_CAPTIONS)
+    captions = [repair(caption)[0] for caption in sample.captions("train")]
     extended = lm.build([*captions, *corpus[:TOKENIZER_TEXTS]], pictures, seed)
     check_context(extended.lm.config, layout.length(max(h * w for h, w in codes.grids), codes.depth))
     made = head(
@@ -97,13 +110,16 @@ def train(
     )
     pipeline = Pipeline.assemble(extended, made, layout, images, codes.grids, sampling, picture_attention)
     form, encode = pipeline.model.form, pipeline.encode_text
-    pairs = read_pairs(codes, "train", encode, mixture.longest_caption)
+    read = read_pairs if codes.in_memory else PairsInParts
+    pairs = read(codes, "train", encode, mixture.longest_caption)
     wanted = mixture.documents if mixture.written else None
     written = read_documents(wanted, codes, "train", encode) if wanted else []
 
-    def batches(total: int) -> DocumentBatches:
-        given = (pairs, form, mixture, documents, row_length, seed, total, Encoded(corpus, encode), written)
-        return DocumentBatches(*given, rank=rank(), ranks=rank_count())
+    def batches(total: int) -> DocumentBatches | PartedBatches:
+        given = (form, mixture, documents, row_length, seed, total, Encoded(corpus, encode))
+        if isinstance(pairs, PairsInParts):
+            return PartedBatches(pairs, *given, rank=rank(), ranks=rank_count())
+        return DocumentBatches(pairs, *given, written, rank=rank(), ranks=rank_count())
 
     first = batches(1)  # an impossible mixture, or rows that are too short, end here
     check_context(extended.lm.config, form.longest_picture, first.longest)
@@ -147,7 +163,7 @@ def train(
         "bad_batches": training.bad_batches,
         "parameters": parameters,
         "trained_parameters": moved,
-        "captions": pairs.counts,
+        "captions": pairs.counts if codes.in_memory else {},
     }
     kept = retention.conclude(pipeline, training.batches_seen)
     pipeline.metrics = report(

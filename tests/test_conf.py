@@ -3,6 +3,8 @@
 Nothing is built. The commands are those that pyproject.toml lists; a YAML file that no command reaches fails too.
 """
 
+import subprocess
+import sys
 import tomllib
 from importlib import import_module
 from pathlib import Path
@@ -28,6 +30,25 @@ def load(script: str) -> Command:
     assert isinstance(main, Command), f"{SCRIPTS[script]} is not made by vqlm.command.command"
     return main
 
+
+# What takes a second and more to import, and what may bring such things.
+HEAVY = ("torch", "transformers", "lightning", "datasets", "pyarrow", "matplotlib", "scipy", "fastapi", "ray")
+
+# In a fresh process: every command says what it can do, then refuses a key that is none.
+STARTS = """
+import importlib, sys
+for script in sys.argv[1:]:
+    module, _, name = script.partition(":")
+    for words, code in (["--help"], 0), (["outt=x"], 2):
+        sys.argv = [script, *words]
+        try:
+            getattr(importlib.import_module(module), name)()
+            ended = 0
+        except SystemExit as stop:
+            ended = stop.code
+        assert ended == code, (script, words, ended)
+print("imported:", *sys.modules)
+"""
 
 COMPOSED: dict[str, dict[tuple[str, ...], Any]] = {}  # by command, then by overrides
 
@@ -124,3 +145,12 @@ def test_every_file_is_reached():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_script_and_file_have_one_name(script):
     assert load(script).prog == script
+
+
+def test_no_command_imports_what_is_heavy_before_it_is_known_to_run():
+    words = [sys.executable, "-c", STARTS, *SCRIPTS.values()]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    imported = done.stdout.rpartition("imported: ")[2].split()
+    assert "vq.train" in imported
+    assert sorted(set(HEAVY) & set(imported)) == []

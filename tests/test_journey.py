@@ -1,5 +1,7 @@
 """The whole road through the commands, as a user types them: own pictures in, own drawings out; and wrong turns."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -7,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -35,6 +39,23 @@ def run(module, *arguments, cwd, code=0):
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def call(module, *arguments, cwd, code=0):
+    """The same in this process: no seconds of imports, but what other tests have imported is there already."""
+    said, ended = io.StringIO(), 0
+    with (
+        contextlib.chdir(cwd),
+        mock.patch.object(sys, "argv", [module, *map(str, arguments)]),
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(said),
+    ):
+        try:
+            import_module(module).main()
+        except SystemExit as stop:
+            ended = stop.code
+    assert ended == code, said.getvalue()
+    return said.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +90,7 @@ def road(tmp_path_factory, picture_folder):
 def test_each_command_leaves_what_it_promises(road):
     for name in (
         "vq/tokenizer/config.json",
+        "vq/tokenizer/README.md",
         "vq/metrics.json",
         "vq/reconstructions.png",
         "vq/code_use.png",
@@ -129,7 +151,7 @@ def test_the_bundle_draws_and_reads_its_own_tokenizer(road):
 
 def test_running_again_repeats_nothing(road):
     before = {p: p.stat().st_mtime_ns for p in (road / "store").glob("*.parquet")}
-    said = run(
+    said = call(
         "vq.encode",
         "images=folder",
         "images.source.path=mine",
@@ -201,11 +223,15 @@ def test_a_terminated_run_exits_143_and_goes_on(road):
 )
 def test_wrong_configuration_exits_2_says_what_and_leaves_nothing(road, module, arguments, said):
     target = road / "wrong"
-    output = run(module, *arguments, f"out={target}", cwd=road, code=2)
+    output = call(module, *arguments, f"out={target}", cwd=road, code=2)
     assert said in output
     assert "Traceback" not in output
     assert "reading pictures" not in output
     assert not target.exists()
+
+
+def test_a_process_with_a_wrong_configuration_ends_with_2(road):
+    assert "did you mean 'images.size'?" in run("vq.train", "imges.size=32", "out=wrong", cwd=road, code=2)
 
 
 @pytest.mark.parametrize("choice", [["layout=flat", "head=linear"], ["head=depth_transformer"], ["lm=hf"]])
@@ -214,7 +240,7 @@ def test_every_layout_head_and_source_of_models_trains_and_draws(road, choice, t
         make_plain_llama(tmp_path / "llama")
         choice = [*choice, f"lm.name={tmp_path / 'llama'}"]
     size = ["lm_size=smoke", "learner.budget.batches=3", "device=cpu"]
-    run("lm.train", "store=store", *size, *choice, f"out={tmp_path}/run", cwd=road)
+    call("lm.train", "store=store", *size, *choice, f"out={tmp_path}/run", cwd=road)
     assert (
         len(Pipeline.from_pretrained(tmp_path / "run/model").generate('a red circle, (not) "green"', n=2))
         == 2
@@ -224,26 +250,26 @@ def test_every_layout_head_and_source_of_models_trains_and_draws(road, choice, t
 def test_a_store_made_anew_under_the_same_name_is_not_gone_on_with(road):
     images = ["images=folder", "images.source.path=mine", "images.holdout=0.2"]
     words = ["store=again", "lm_size=smoke", "learner.budget.batches=3", "device=cpu", "out=bound"]
-    run("vq.encode", *images, "tokenizer=vq/tokenizer", "out=again", cwd=road)
-    run("lm.train", *words, cwd=road)
+    call("vq.encode", *images, "tokenizer=vq/tokenizer", "out=again", cwd=road)
+    call("lm.train", *words, cwd=road)
     shutil.rmtree(road / "again")
-    run("vq.encode", *images[:2], "images.holdout=0.4", "tokenizer=vq/tokenizer", "out=again", cwd=road)
-    assert "was trained with store" in run("lm.train", *words, cwd=road, code=2)
+    call("vq.encode", *images[:2], "images.holdout=0.4", "tokenizer=vq/tokenizer", "out=again", cwd=road)
+    assert "was trained with store" in call("lm.train", *words, cwd=road, code=2)
 
 
 def test_prompts_are_taken_as_they_are_typed(road):
     for prompt in ("7", "a, b (c) = {d}", 'it\'s "so" \\', "${x}", "日本語"):
-        run("lm.generate", "model=lm/model", f"prompt={prompt}", "n=1", "out=typed", cwd=road)
+        call("lm.generate", "model=lm/model", f"prompt={prompt}", "n=1", "out=typed", cwd=road)
 
 
 def test_another_tokenizers_store_is_refused_with_both_fingerprints(road):
     images = ["images=folder", "images.source.path=mine", "images.size=16"]
-    run("vq.train", *images, *SMALL, "seed=5", "out=vq2", cwd=road)
+    call("vq.train", *images, *SMALL, "seed=5", "out=vq2", cwd=road)
     first, second = (
         ImageTokenizer.from_pretrained(road / d / "tokenizer").fingerprint for d in ("vq", "vq2")
     )
-    run("vq.encode", *images, "tokenizer=vq2/tokenizer", "out=store2", cwd=road)
-    output = run("lm.evaluate", "model=lm/model", "store=store2", "out=wrong2", cwd=road, code=2)
+    call("vq.encode", *images, "tokenizer=vq2/tokenizer", "out=store2", cwd=road)
+    output = call("lm.evaluate", "model=lm/model", "store=store2", "out=wrong2", cwd=road, code=2)
     assert first in output
     assert second in output
 

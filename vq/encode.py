@@ -20,36 +20,42 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from vq.data import ImageData
-from vq.drivers import Driver, share_of
-from vq.evaluate import settle_size
-from vq.pieces import pieces_of
-from vq.store.work import Ranges
-from vq.store.writer import Outcome, StoreWriter, Unfinished, summary
-from vq.tokenizer import ImageTokenizer
 from vqlm.command import command
 from vqlm.errors import ConfigError
-from vqlm.hardware import Device, detect
 from vqlm.progress import bar
+
+# torch and what stands on it: seconds, which `--help` and a mistyped key do not wait for. Functions import them.
+if TYPE_CHECKING:
+    import torch
+
+    import vq.data
+    import vq.drivers
+    import vq.store.writer
+    import vqlm.hardware
 
 
 def encode(
     tokenizer: str,
-    images: ImageData,
+    images: vq.data.ImageData,
     out: str,
     batch_size: int,
     shard_size: int,
-    device: Device,
+    device: vqlm.hardware.Device,
     resume: Literal["auto", "never"],
     rank: int | None,
     ranks: int | None,
-    encode: Driver,
+    encode: vq.drivers.Driver,
 ) -> None:
     """Encode every picture once; both splits go into one store, each row says which it belongs to."""
+    from vq.drivers import share_of
+    from vq.evaluate import settle_size
+    from vq.pieces import pieces_of
+    from vq.store.work import Ranges
+    from vq.store.writer import StoreWriter
+    from vq.tokenizer import ImageTokenizer
+
     if batch_size < 1 or shard_size < 1:
         raise ConfigError(f"batch_size={batch_size}, shard_size={shard_size}: both must be at least 1")
     number, count = share_of(rank, ranks)
@@ -74,8 +80,12 @@ def encode(
     _finish(writer, outcomes, out, count)
 
 
-def _finish(writer: StoreWriter, outcomes: Sequence[Outcome], out: str, count: int) -> None:
+def _finish(
+    writer: vq.store.writer.StoreWriter, outcomes: Sequence[vq.store.writer.Outcome], out: str, count: int
+) -> None:
     """The manifest, if every shard is there; of several processes, the one that comes last gets here."""
+    from vq.store.writer import Unfinished, summary
+
     if count > 1 and (missing := writer.missing()):
         there = writer.shards - len(missing)
         print(
@@ -95,8 +105,12 @@ def _finish(writer: StoreWriter, outcomes: Sequence[Outcome], out: str, count: i
         print(f"redone: {damage}")
 
 
-def _own_device(device: Device) -> torch.device:
+def _own_device(device: vqlm.hardware.Device) -> torch.device:
     """Of several GPUs, the one that torchrun means for this process."""
+    import torch
+
+    from vqlm.hardware import detect
+
     found = detect(device, "fp32").device
     if found.type != "cuda":
         return found

@@ -13,33 +13,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from PIL import Image
-from torch import Tensor
-
-from vq.data import ImageData, PictureSet
-from vq.images import contact_sheet, to_image
-from vq.measure import Examples, Extra, ExtraWeights, MakeMeter, extra_meters, measure
-from vq.plots import plot_code_use
-from vq.tokenizer import ImageTokenizer
 from vqlm.command import command
 from vqlm.errors import ConfigError
 from vqlm.files import write_json
-from vqlm.hardware import Device, detect
+
+# torch and what stands on it: seconds, which `--help` and a mistyped key do not wait for. Functions import them.
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    import vq.data
+    import vq.measure
+    import vqlm.hardware
+    from vq.data import ImageData, PictureSet
+    from vq.measure import Examples, MakeMeter
+    from vq.tokenizer import ImageTokenizer
 
 
 def evaluate(
     tokenizer: str,
-    images: ImageData,
+    images: vq.data.ImageData,
     out: str,
     batch_size: int,
-    extra: list[Extra],
-    weights: ExtraWeights,
-    device: Device,
+    extra: list[vq.measure.Extra],
+    weights: vq.measure.ExtraWeights,
+    device: vqlm.hardware.Device,
 ) -> None:
     """Measure a saved tokenizer on pictures."""
+    from vq.measure import extra_meters
+    from vq.tokenizer import ImageTokenizer
+    from vqlm.hardware import detect
+
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: must be at least 1")
     where = detect(device, "fp32").device
@@ -77,6 +83,11 @@ def report(
 ) -> dict[str, Any]:
     """Measure both splits; write metrics.json (which begins with `about`) and the pictures; print a table. Returns the
     metrics."""
+    import torch
+
+    from vq.measure import measure
+    from vq.plots import plot_code_use
+
     metrics: dict[str, Any] = {
         **(about or {}),
         "torch": torch.__version__,
@@ -122,6 +133,8 @@ def _shape(pictures: PictureSet) -> str:
 
 def reconstruction_sheet(shown: list[tuple[str, Examples]], columns: int = 10) -> Image.Image:
     """Originals above reconstructions; the label says which split and names the picture."""
+    from vq.images import contact_sheet, to_image
+
     rows, labels = [], []
     for split, examples in shown[::-1]:
         for start in range(0, len(examples.pairs), columns):

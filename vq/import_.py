@@ -10,23 +10,27 @@ take it) and the resolved config.yaml. Nothing in the files is run or unpickled,
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vq.importers import Imported, SourceName, import_tokenizer
-from vq.importers.source import Lookup
-from vqlm.checkpoint import describe
 from vqlm.command import command
+
+# torch and what stands on it: seconds, which `--help` and a mistyped key do not wait for. Functions import them.
+if TYPE_CHECKING:
+    import vq.importers
+    import vq.importers.source
 
 
 def import_(
-    source: SourceName,
+    source: vq.importers.SourceName,
     path: str,
     out: str,
     image_size: int | None,
-    lookup: Lookup | None,
+    lookup: vq.importers.source.Lookup | None,
     prefix: str | None,
 ) -> None:
     """Read the files, build the tokenizer, save it, say what was found."""
+    from vq.importers import import_tokenizer
+
     imported = import_tokenizer(source, path, image_size, lookup, prefix)
     folder = Path(out) / "tokenizer"
     imported.tokenizer.save_pretrained(folder)
@@ -34,7 +38,7 @@ def import_(
     print(f"tokenizer: {folder}")
 
 
-def summary(imported: Imported) -> str:
+def summary(imported: vq.importers.Imported) -> str:
     """What a person checks before trusting the codes."""
     tokenizer, source = imported.tokenizer, imported.source
     parameters = sum(each.numel() for each in tokenizer.parameters())
@@ -59,6 +63,8 @@ def summary(imported: Imported) -> str:
 
 def architecture(part: Any) -> str:
     """Class and arguments, as they are saved."""
+    from vqlm.checkpoint import describe
+
     described = describe(part)
     name = described.pop("type")
     return f"{name}({', '.join(f'{key}={value}' for key, value in described.items())})"

@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import matplotlib
 from torch import Tensor
 
 from vqlm.files import new_file
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 COLUMNS = 4  # panels beside each other; deeper codes go on below
 
 
 def plot_code_use(counts: dict[str, Tensor], path: Path) -> None:
     """How often each code occurs, most used first, one panel for each depth. counts: split → (Q,K)."""
+    import matplotlib  # a second, which encoding and reading a store do not wait for
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
     depth = max(len(c) for c in counts.values())
     rows, columns = math.ceil(depth / COLUMNS), min(depth, COLUMNS)
     size = (3.2 * columns, 3 * rows)

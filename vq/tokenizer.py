@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import vq.backbones
 import vq.quantizers
@@ -149,12 +150,18 @@ class ImageTokenizer(nn.Module):
         finally:
             self.train(was_training)
 
+    def reconstruct(self, x_BCHW: Tensor) -> Tensor:
+        """Pixels (B,3,H,W) float in [-1,1] of any size → what their codes tell of them, of the same size.
+
+        Sides that are no multiples of the downsampling are filled up with their last pixels, and cut again. ValueError
+        as for `encode`.
+        """
+        high, wide = _check_kind(x_BCHW).shape[-2:]
+        filled = F.pad(x_BCHW, (0, -wide % self.downsample, 0, -high % self.downsample), mode="replicate")
+        return self.decode(self.encode(filled))[..., :high, :wide]
+
     def _check_pixels(self, x_BCHW: Tensor) -> Tensor:
-        if x_BCHW.ndim != 4 or x_BCHW.shape[1] != 3:
-            raise ValueError(f"pixels have shape {tuple(x_BCHW.shape)}; expected (B, 3, H, W)")
-        if not x_BCHW.is_floating_point():
-            raise ValueError(f"pixels are {x_BCHW.dtype}; expected float in [-1, 1]")
-        if x_BCHW.shape[2] % self.downsample or x_BCHW.shape[3] % self.downsample:
+        if _check_kind(x_BCHW).shape[2] % self.downsample or x_BCHW.shape[3] % self.downsample:
             raise ValueError(
                 f"picture of {x_BCHW.shape[2]}x{x_BCHW.shape[3]} px: sides must be multiples of {self.downsample}"
             )
@@ -163,6 +170,17 @@ class ImageTokenizer(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors`, atomically."""
         save_module(folder, self)
+
+    def save_card(
+        self,
+        folder: str | Path,
+        metrics: dict[str, Any] | None = None,
+        repo_id: str = "",
+        license: str | None = None,
+        trained_on: str | None = None,
+    ) -> None:
+        """Write the card, README.md, into a saved folder. The arguments are those of `push_to_hub`."""
+        write_text(Path(folder, "README.md"), card(self, metrics or {}, repo_id, license, trained_on))
 
     def push_to_hub(
         self,
@@ -184,7 +202,7 @@ class ImageTokenizer(nn.Module):
         with TemporaryDirectory() as place:
             folder = Path(place, "tokenizer")
             self.save_pretrained(folder)
-            write_text(folder / "README.md", card(self, metrics or {}, repo_id, license, trained_on))
+            self.save_card(folder, metrics, repo_id, license, trained_on)
             files = ("README.md", "config.json", "model.safetensors")
             return upload(folder, repo_id, files, private, token=token, hub=hub)
 
@@ -206,6 +224,14 @@ def declare_families() -> None:
     for family in (vq.backbones, vq.quantizers):
         for module in pkgutil.iter_modules(family.__path__):
             importlib.import_module(f"{family.__name__}.{module.name}")
+
+
+def _check_kind(x_BCHW: Tensor) -> Tensor:
+    if x_BCHW.ndim != 4 or x_BCHW.shape[1] != 3:
+        raise ValueError(f"pixels have shape {tuple(x_BCHW.shape)}; expected (B, 3, H, W)")
+    if not x_BCHW.is_floating_point():
+        raise ValueError(f"pixels are {x_BCHW.dtype}; expected float in [-1, 1]")
+    return x_BCHW
 
 
 def _check_finite(x_BCHW: Tensor, what: str) -> None:

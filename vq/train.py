@@ -2,9 +2,9 @@
 
     vq-train images=folder images.source.path=DIR out=runs/mine
 
-Leaves in `out`: tokenizer/ (loadable with ImageTokenizer.from_pretrained), checkpoints/, metrics.json, log.jsonl,
-reconstructions.png, code_use.png and the resolved config.yaml; where a watch is kept, watch.jsonl and best/, the
-tokenizer with the highest held-out PSNR so far; scorer/NAME of each semantic loss. Run again, it goes on where it
+Leaves in `out`: tokenizer/ (with its card; loadable with ImageTokenizer.from_pretrained), checkpoints/, metrics.json,
+log.jsonl, reconstructions.png, code_use.png and the resolved config.yaml; where a watch is kept, watch.jsonl and best/,
+the tokenizer with the highest held-out PSNR so far; scorer/NAME of each semantic loss. Run again, it goes on where it
 stopped.
 """
 
@@ -13,39 +13,45 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from vq.batches import Augment, NoAugment, PictureBatches
-from vq.callbacks import NoWatch
-from vq.data import ImageData
-from vq.evaluate import report, settle_size
-from vq.learner import TokenizerLearner
-from vq.losses.semantic import save_scorer
-from vq.quantizers import CodebookQuantizer
-from vq.tokenizer import ImageTokenizer
 from vqlm.command import command
 from vqlm.errors import ConfigError
 from vqlm.files import write_json
-from vqlm.hardware import Device, Precision, detect
-from vqlm.training import check_loading, fit
+
+# torch, lightning and all that: seconds, which `--help` and a mistyped key do not wait for. Functions import them.
+if TYPE_CHECKING:
+    import vq.batches
+    import vq.callbacks
+    import vq.data
+    import vq.learner
+    import vq.tokenizer
+    import vqlm.hardware
 
 
 def train(
-    images: ImageData,
-    tokenizer: ImageTokenizer,
-    learner: Callable[..., TokenizerLearner],
-    augment: Augment | NoAugment,
-    watch: NoWatch,
+    images: vq.data.ImageData,
+    tokenizer: vq.tokenizer.ImageTokenizer,
+    learner: Callable[..., vq.learner.TokenizerLearner],
+    augment: vq.batches.Augment | vq.batches.NoAugment,
+    watch: vq.callbacks.NoWatch,
     batch_size: int,
     seed: int,
     out: str,
     resume: Literal["auto", "never"],
-    device: Device,
-    precision: Precision,
+    device: vqlm.hardware.Device,
+    precision: vqlm.hardware.Precision,
     workers: int,
     checkpoint_minutes: float,
 ) -> None:
     """Train an image tokenizer on pictures, then measure it."""
+    from vq.batches import PictureBatches
+    from vq.evaluate import report, settle_size
+    from vq.quantizers import CodebookQuantizer
+    from vq.tokenizer import ImageTokenizer
+    from vqlm.hardware import detect
+    from vqlm.training import check_loading, fit
+
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: must be at least 1")
     check_loading(workers, checkpoint_minutes)
@@ -83,19 +89,20 @@ def train(
         "images": training.samples_seen,
         "minutes": training.seconds / 60,
     }
-    report(
+    metrics = report(
         tokenizer,
         images,
         folder,
         batch_size,
         {"run": {**run, "bad_batches": training.bad_batches}, **watched},
     )
+    tokenizer.save_card(folder / "tokenizer", metrics)
     print(f"tokenizer: {folder / 'tokenizer'}   pictures: {folder / 'reconstructions.png'}")
     if warning := watch.verdict():
         print(f"watch: {warning}", file=sys.stderr)
 
 
-def describe(tokenizer: ImageTokenizer) -> str:
+def describe(tokenizer: vq.tokenizer.ImageTokenizer) -> str:
     """One line: how large, and what a picture becomes."""
     parameters = sum(p.numel() for p in tokenizer.parameters())
     side, grid = tokenizer.image_size, tokenizer.image_size // tokenizer.downsample
@@ -105,8 +112,13 @@ def describe(tokenizer: ImageTokenizer) -> str:
     return f"tokenizer of {parameters / 1e6:.1f} M parameters, {side}x{side} px → {made},"
 
 
-def finish(training: TokenizerLearner, images: ImageData, batch_size: int, target: Path) -> None:
+def finish(
+    training: vq.learner.TokenizerLearner, images: vq.data.ImageData, batch_size: int, target: Path
+) -> None:
     """See to it that every code is used, then save. Done once: a store depends on each bit of what is saved."""
+    from vq.losses.semantic import save_scorer
+    from vq.quantizers import CodebookQuantizer
+
     if isinstance(training.model.quantizer, CodebookQuantizer):
         print("settling the codebooks on all training pictures (long for large codebooks)")
     unused = training.finish(images.train_sets, batch_size)

@@ -5,6 +5,7 @@ It does not know what is in them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -42,8 +43,11 @@ def debian_package(name: str, inside: Path, size: str, cache: Path, instead: str
         _run(["dpkg-deb", "-x", found[0].name, "unpacked"], scratch, instead)
         if not (Path(scratch, "unpacked") / inside).is_dir():
             raise ConfigError(f"{found[0].name} holds no {inside}; {instead}")
-        if not unpacked.exists():  # another process may have been faster
+        # another process may have been faster: then it is there, and the same
+        with contextlib.suppress(OSError):
             os.replace(Path(scratch, "unpacked"), unpacked)
+        if not (unpacked / inside).is_dir():
+            raise ConfigError(f"{unpacked}: it is there, but holds no {inside}; remove it, or {instead}")
     return unpacked / inside
 
 

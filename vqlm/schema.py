@@ -19,7 +19,8 @@ from typing import Annotated, Any, Literal, TypeGuard, TypeVar, Union, get_args,
 
 from vqlm.errors import ConfigError, nearest
 
-PACKAGES = ("vq", "lm", "vqlm", "torch.optim", "torch.nn")
+OWN = ("vq", "lm", "vqlm")
+PACKAGES = (*OWN, "torch.optim", "torch.nn")
 MISSING = "???"
 RESERVED = ("_target_", "_partial_")
 
@@ -357,10 +358,25 @@ def _open_ended(function: Callable[..., Any]) -> bool:
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     """The types of a function's, or a class's constructor's, parameters."""
     if not inspect.isclass(function):
-        return get_type_hints(function)
+        known = getattr(function, "__globals__", {})
+        return get_type_hints(function, localns={name: _Later(name) for name in OWN if name not in known})
     if "__init__" in vars(function) or not hasattr(function, "__dataclass_fields__"):
         return get_type_hints(function.__init__)
     return get_type_hints(function)
+
+
+class _Later:
+    """A package of ours as annotations name it, `vq.data.ImageData`: its modules are imported when they are looked up.
+
+    So a command's file need not import what its parameters are made of, seconds of it, before it is known that the
+    command is going to run (`--help`, a mistyped key).
+    """
+
+    def __init__(self, package: str):
+        self.package = package
+
+    def __getattr__(self, name: str) -> types.ModuleType:
+        return importlib.import_module(f"{self.package}.{name}")
 
 
 def _owner(function: Callable[..., Any]) -> str:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lm.pipeline import Pipeline
-from lm.serve.engine import Engine
 from vqlm.command import command
 from vqlm.errors import ConfigError
-from vqlm.hardware import Device
+
+if TYPE_CHECKING:
+    import vqlm.hardware
 
 LOOPBACK = ["127.0.0.1", "localhost", "[::1]"]
 
@@ -26,7 +27,7 @@ def serve(
     host: str,
     port: int,
     name: str | None,
-    device: Device,
+    device: vqlm.hardware.Device,
     branches: int,
     accepted: int,
     pictures: int,
@@ -37,12 +38,15 @@ def serve(
 ) -> None:
     """Serve one model until it is stopped."""
     try:
-        import uvicorn
-
         from lm.serve.app import Server
+        from lm.serve.connections import web_server
         from lm.serve.web import Limits
     except ImportError as error:
         raise ConfigError(f'{error.name} is missing: pip install "vqlm[serve]"') from error
+    # not above: torch and transformers take seconds, which `--help` and a mistyped key do not wait for
+    from lm.pipeline import Pipeline
+    from lm.serve.engine import Engine
+
     listening = listen(host, port)
     try:
         limits = Limits(pictures, prompt, text, megabytes, megapixels)
@@ -55,8 +59,7 @@ def serve(
     hosts = LOOPBACK if host in ("127.0.0.1", "localhost", "::1") else ["*"]
     app = Server(pipeline, engine, limits, name or Path(model).resolve().name, hosts).app
     print(f"{model} on {address(listening)}   to stop: Ctrl+C", flush=True)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3, server_header=False)
-    uvicorn.Server(config).run([listening])
+    web_server(app, limits).run([listening])
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from vqlm.files import write_json, write_text
 
+FULL = os.environ.get("FAULTS") == "full"
 FIGURES = Path(__file__).with_name("figures.json")
 PAGE = Path(__file__).resolve().parents[2] / "docs/reliability.md"
 BEGIN, END = "<!-- made by tests/faults/report.py: begin -->", "<!-- end -->"
