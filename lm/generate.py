@@ -52,9 +52,12 @@ def generate(
     if size is not None and len(size) != 2:
         raise ConfigError(f"size={size}: height and width in pixels, such as [64,64], or null")
     # not above: torch and transformers take seconds, which `--help` and a mistyped key do not wait for
+    from lm.bundle import read_about
     from lm.pipeline import Pipeline, sheet
+    from vqlm.hub import local_folder
 
-    pipeline = Pipeline.from_pretrained(model, device)
+    folder = local_folder(model)
+    pipeline = Pipeline.from_pretrained(folder, device)
     try:
         shape = None if size is None else (size[0], size[1])
         more: dict[str, Any] = {
@@ -72,6 +75,7 @@ def generate(
     sampling = pipeline.sampling_with(guidance, temperature, top_k, top_p, **more)
     drawn = {
         "model": model,
+        "weights": read_about(folder).get("seal"),  # of a model that is trained again under the same name
         "prompt": prompt,
         "seed": seed,
         "size": size,
@@ -94,11 +98,11 @@ def _slug(prompt: str) -> str:
 
 
 def _name(folder: Path, name: str, about: str) -> str:
-    """`name`, or the first of name-2, name-3 … whose sheet is not there, or was drawn in the same way."""
+    """`name`, or the first of name-2, name-3 … under which nothing lies that was drawn in another way."""
     return next(
         each
         for each in (name if n == 1 else f"{name}-{n}" for n in count(1))
-        if _drawn(folder / f"{each}-sheet.png") in (None, about)
+        if all(_drawn(folder / f"{each}-{end}.png") in (None, about) for end in ("000", "sheet"))
     )
 
 
@@ -109,7 +113,12 @@ def _drawn(path: Path) -> str | None:
     try:
         with Image.open(path) as picture:
             return picture.info.get("vqlm", "")
-    except OSError:  # no picture at all
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ):  # somebody else's, whatever it is
         return ""
 
 

@@ -419,9 +419,10 @@ class ParquetFiles(_Files):
         return [each for each in (self.image_column, self.text_column, self.concept_column) if each]
 
     def _check_columns(self, name: str, there: list[str]) -> None:
-        for each in self._columns:
-            if each not in there:
-                raise ConfigError(f"{name} has no column {each!r}, only {there}{nearest(each, there)}")
+        for key in ("image_column", "text_column", "concept_column"):
+            if (each := getattr(self, key)) and each not in there:
+                known = f"there are {', '.join(there)}{nearest(each, there)}"
+                raise ConfigError(f"images.source.{key}={each}: {name} has no such column; {known}")
 
     def _picture(self, id_: str, row: dict[str, Any]) -> Picture:
         caption = _words(row.get(self.text_column or ""))

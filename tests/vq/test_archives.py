@@ -371,7 +371,10 @@ def test_bad_rows_and_columns_of_parquet(tmp_path):
     found = ParquetFiles(str(tmp_path)).pictures()
     assert [outcome(each) for each in found] == [[1, 254, 7], "missing", "not-an-image"]
     assert [each.caption for each in found] == ["", "b", "c"]
-    with pytest.raises(ConfigError, match=r"no column 'txt'.*did you mean 'text'\?"):
+    with pytest.raises(
+        ConfigError,
+        match=r"images\.source\.text_column=txt: x\.parquet has no such column; there are image, text.*mean 'text'\?",
+    ):
         ParquetFiles(str(tmp_path), text_column="txt").files()  # before anything is read
 
 
