@@ -1,7 +1,8 @@
 """The rows that a pretrained model gains for new ids: how many, and with which values they begin.
 
 Transformers' own way draws new rows around the old mean with a covariance of 1e-9 of the old rows': thousands of all
-but equal rows, which training has to tell apart first. Here they begin as spread out, and as long, as the old ones.
+but equal rows, which training has to tell apart first. Here they begin spread out, and shorter than the old ones unless
+asked otherwise.
 It knows matrices; what the ids mean it does not, but that the last Q·K of them are codes.
 
 Legend: N old rows, n new rows, C hidden width, Q depths, K codes of a depth, D width of a code's vector.
@@ -62,28 +63,28 @@ class Small:
 class Codebook:
     """Codes that look alike begin alike: their vectors, turned into the model's width by a random rotation.
 
-    The rows of a depth are mean + deviation · √(1-noise²) · v·R + noise of the same size, with v the code's vector
-    (of a depth with mean 0 and mean square 1) and R (D,C) with orthonormal rows, the same for all depths: distances
-    between codes stay what they are. Where D > C the rows of R cannot be orthonormal, its columns are.
-    Ids that are no codes begin as `Statistics` has them.
+    The rows of a depth are share · deviation · (√(1-noise²) · v·R + noise of the same size), with v the code's vector
+    (of a depth with mean 0 and mean square 1), R (D,C) with orthonormal rows, the same for all depths, and the deviation
+    of all of the old rows' numbers: distances between codes stay what they are. Where D > C the rows of R cannot be
+    orthonormal, its columns are. Ids that are no codes begin as `Small` has them.
 
-    noise: share of a row that is its own, 0..1: codes with equal vectors can still be told apart.
+    noise: share of a row that is its own, 0..1: codes with equal vectors can still be told apart. share: as of `Small`.
     """
 
-    def __init__(self, noise: float = 0.3):
+    def __init__(self, noise: float = 0.3, share: float = 0.2):
         if not 0 <= noise <= 1:
             raise ValueError(f"noise={noise}: must lie in [0, 1]")
-        self.noise = noise
+        self.noise, self.others = noise, Small(share)
 
     def draw(self, old_NC: Tensor, n: int, vectors_QKD: Tensor | None, random: torch.Generator) -> Tensor:
         if vectors_QKD is None:
             raise ConfigError(
                 "lm/rows=codebook needs the vectors of codes, and this image tokenizer has none"
             )
-        new_nC = Statistics().draw(old_NC, n, None, random)
+        new_nC = self.others.draw(old_NC, n, None, random)
         old_NC = sample(old_NC, random)
         codes_nC = self.project(vectors_QKD, old_NC.shape[1], random) * old_NC.std(0).square().mean().sqrt()
-        new_nC[-len(codes_nC) :] = old_NC.mean(0) + codes_nC
+        new_nC[-len(codes_nC) :] = self.others.share * codes_nC
         return new_nC
 
     def project(self, vectors_QKD: Tensor, width: int, random: torch.Generator) -> Tensor:
@@ -145,10 +146,10 @@ def add_rows(
     """Extend a pretrained model to at least `size` rows, in place; ids below `first` keep their rows exactly.
 
     A model may have more rows than ids (a multiple of 64, say): new ids take those first, and what remains beyond
-    `size` stays as it is. A bias of new output ids begins as the mean of the old. rows: `Statistics()` unless given.
+    `size` stays as it is. A bias of new output ids begins as the mean of the old. rows: `Small()` unless given.
     Returns the first new row: `first`, or fewer where the model has fewer rows than its tokenizer has ids.
     """
-    rows = rows or Statistics()
+    rows = rows or Small()
     have = lm.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
     first = min(first, int(have))
     if have < size:

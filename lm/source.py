@@ -26,7 +26,7 @@ from transformers import (
 
 from lm.architecture import check_logits
 from lm.model import from_scratch
-from lm.rows import NewRows, Statistics, add_rows
+from lm.rows import NewRows, Small, add_rows
 from lm.vocab import Vocabulary, extend, ids_to_text, text_to_ids, train_text_tokenizer
 from vqlm.errors import ConfigError, nearest
 from vqlm.fetch import user_cache
@@ -114,7 +114,7 @@ class HuggingFace(Source):
     def __init__(self, name: str, rows: NewRows | None = None):
         if Path(name).is_absolute() and not Path(name).is_dir():
             raise ValueError(f"name={name} is not a folder")
-        self.name, self.rows = name, rows or Statistics()
+        self.name, self.rows = name, rows or Small()
 
     def build(self, captions: list[str], pictures: Pictures, seed: int) -> Extended:
         try:

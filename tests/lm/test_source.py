@@ -187,10 +187,9 @@ def wide(rows=400, width=64):
     return (torch.randn(rows, width, generator=random) * spread + 0.5) * lengths
 
 
-@pytest.mark.parametrize("rows", [Statistics(), Codebook()])
-def test_new_rows_are_as_spread_out_and_as_long_as_old_ones(rows):
+def test_new_rows_are_as_spread_out_and_as_long_as_old_ones():
     old = wide()
-    new = rows.draw(old, 1000, torch.randn(2, 400, 32), torch.Generator().manual_seed(0))
+    new = Statistics().draw(old, 1000, None, torch.Generator().manual_seed(0))
     assert len(new.unique(dim=0)) == 1000
     assert 0.7 < float(new.std(0).mean() / old.std(0).mean()) < 1.4
     assert 0.8 < float(new.norm(dim=1).median() / old.norm(dim=1).median()) < 1.25
@@ -207,14 +206,23 @@ def test_lengths_of_new_rows_are_distributed_as_those_of_old_ones():
     )
 
 
-def test_small_rows_are_short_and_have_no_common_direction():
+@pytest.mark.parametrize("rows", [Small(0.2), Codebook(share=0.2)])
+def test_small_rows_are_short_and_have_no_common_direction(rows):
     old = wide()
-    new = Small(0.2).draw(old, 4000, None, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(new.std(0), 0.2 * old.std(0), rtol=0.1, atol=0)
+    new = rows.draw(old, 4000, torch.randn(2, 1900, 32), torch.Generator().manual_seed(0))
+    deviation = old.std(0).square().mean().sqrt()
+    for part in new.split([200, 1900, 1900]):  # marks, then the codes of each depth
+        torch.testing.assert_close(part.std(0).square().mean().sqrt(), 0.2 * deviation, rtol=0.1, atol=0)
     assert float(new.mean(0).abs().max()) < 0.1 * float(old.mean(0).abs().mean())
     assert len(new.unique(dim=0)) == 4000
     with pytest.raises(ValueError, match="share=0"):
-        Small(0.0)
+        type(rows)(share=0.0)
+
+
+def test_small_rows_are_spread_as_the_old_ones_in_each_number():
+    old = wide()
+    new = Small(0.2).draw(old, 4000, None, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(new.std(0), 0.2 * old.std(0), rtol=0.1, atol=0)
 
 
 def test_codes_that_look_alike_begin_alike():
@@ -253,7 +261,7 @@ def test_a_bias_begins_as_the_mean_and_fewer_rows_than_ids_are_filled_up():
     with torch.no_grad():
         lm.lm_head.bias.copy_(torch.randn(40))
     old = lm.lm_head.bias.detach().clone()
-    assert add_rows(lm, 50, 82, seed=0) == 40
+    assert add_rows(lm, 50, 82, seed=0, rows=Statistics()) == 40
     assert torch.equal(lm.lm_head.bias[:40], old)
     torch.testing.assert_close(lm.lm_head.bias[40:], old.mean().expand(42))
     deviation = lm.get_input_embeddings().weight[40:82].detach().std()
