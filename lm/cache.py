@@ -9,6 +9,7 @@ Legend: B rows of a pass, R rows there is room for, H heads, T new positions, S 
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -65,7 +66,14 @@ class RowCache(Cache):
 class _RowLayer(CacheLayerMixin):
     def __init__(self, cache: RowCache):
         super().__init__()
-        self.cache = cache
+        # A ring of references would keep the keys and values until Python looks for rings.
+        self._cache = weakref.ref(cache)
+
+    @property
+    def cache(self) -> RowCache:
+        cache = self._cache()
+        assert cache is not None
+        return cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         rows, slots = self.cache.room

@@ -29,7 +29,9 @@ class Limits:
     """What one request may ask for, and what the server holds at a time.
 
     pictures: drawings of one request; also given pictures. prompt: characters of all text. text: ids drawn. megabytes:
-    of one body, and eight times that of all bodies together. megapixels: of a given picture. seconds: for a body.
+    of one body, and eight times that of all bodies together. megapixels: of a given picture. seconds: for a body (one
+    more for each 256 KiB of it), and for a client to take some of its answer. head: seconds for the head of a request.
+    connections: at a time.
     """
 
     pictures: int = 16
@@ -38,11 +40,20 @@ class Limits:
     megabytes: int = 16
     megapixels: int = 16
     seconds: float = 30.0
+    head: float = 10.0
+    connections: int = 900
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not 0 < value <= 10**6:
                 raise ValueError(f"{name}={value}: must lie between 0 and 1000000")
+
+
+SMALL = 2**16  # bytes of a body that is read however much of others is held: a prompt, and no picture
+VALUES = (
+    2**16
+)  # in the JSON of a body: each costs a hundred times its bytes, and those that are wrong a thousand times
+SLOWEST = 2**18  # bytes a second
 
 
 class Bodies:
@@ -57,22 +68,27 @@ class Bodies:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        read, ended = 0, False
+        read, values, ended = 0, 0, False
+        started = asyncio.get_running_loop().time()
 
         async def limited() -> Message:
-            nonlocal read, ended
+            nonlocal read, values, ended
             if ended:
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), self.limits.seconds)
+                async with asyncio.timeout_at(started + self.limits.seconds + read / SLOWEST):
+                    message = await receive()
             except TimeoutError:
                 raise Refused("The body of the request came too slowly.", status=408) from None
-            size = len(message.get("body", b""))
-            read, self.held = read + size, self.held + size
+            body = message.get("body", b"")
+            read, self.held = read + len(body), self.held + len(body)
+            values += body.count(b",")
             ended = not message.get("more_body", False)
             if read > self.most:
                 raise self._too_large()
-            if self.held > 8 * self.most:
+            if values > VALUES:
+                raise Refused(f"The body of the request has more than {VALUES} values.", status=413)
+            if self.held > 8 * self.most and read > SMALL:
                 raise Refused("Too many large requests at a time.", status=429, retry_after=1)
             return message
 

@@ -119,7 +119,9 @@ class ImageAsked(Asked):
             raise Refused("partial_images come in a stream: set stream.", "partial_images")
 
 
-Codes = list[list[list[Annotated[int, Field(ge=0)]]]]
+# Of a long list one wrong member is told: a report of each would take far more memory than the request.
+Cells = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
+Codes = Annotated[list[Annotated[list[Cells], Field(fail_fast=True)]], Field(fail_fast=True)]
 
 
 class RedrawAsked(ImageAsked):
@@ -127,7 +129,7 @@ class RedrawAsked(ImageAsked):
 
     prompt: str = ""
     codes: Codes
-    cells: list[Annotated[list[int], Field(min_length=2, max_length=2)]]
+    cells: Annotated[list[Annotated[list[int], Field(min_length=2, max_length=2)]], Field(fail_fast=True)]
 
 
 class PictureAsked(BaseModel):
@@ -166,7 +168,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(min_length=1)]
+    content: str | Annotated[list[Part], Field(min_length=1, fail_fast=True)]
     name: str | None = None
 
 
@@ -179,8 +181,8 @@ class StreamOptions(BaseModel):
 class ChatAsked(Asked):
     """`POST /v1/chat/completions`. modalities: what the answer may hold; ["image"] is max_images pictures."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    modalities: Annotated[list[Literal["text", "image"]], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    modalities: Annotated[list[Literal["text", "image"]], Field(min_length=1, fail_fast=True)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     max_images: Annotated[int, Field(ge=0)] | None = None

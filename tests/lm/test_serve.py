@@ -13,7 +13,6 @@ from contextlib import suppress
 
 import openai
 import pytest
-import uvicorn
 from PIL import Image
 from tiny import make_model, make_tokenizer
 
@@ -23,6 +22,7 @@ from lm.sequence import Image as Codes
 from lm.sequence import Text
 from lm.serve import LOOPBACK, address, listen
 from lm.serve.app import Server
+from lm.serve.connections import web_server
 from lm.serve.engine import Busy, Engine, Progress, Stopped, rows_done
 from lm.serve.web import Limits
 from vqlm.errors import ConfigError
@@ -40,7 +40,7 @@ class Running:
         app = Server(self.pipe, self.engine, LIMITS, "tiny", LOOPBACK).app
         self.socket = listen("127.0.0.1", 0)
         self.url = address(self.socket)
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
+        self.server = web_server(app, LIMITS, "critical")
         self.thread = threading.Thread(target=self.server.run, args=([self.socket],), daemon=True)
         self.thread.start()
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
