@@ -64,9 +64,9 @@ class Codebook:
     """Codes that look alike begin alike: their vectors, turned into the model's width by a random rotation.
 
     The rows of a depth are share · deviation · (√(1-noise²) · v·R + noise of the same size), with v the code's vector
-    (of a depth with mean 0 and mean square 1), R (D,C) with orthonormal rows, the same for all depths, and the deviation
-    of all of the old rows' numbers: distances between codes stay what they are. Where D > C the rows of R cannot be
-    orthonormal, its columns are. Ids that are no codes begin as `Small` has them.
+    (of a depth with mean 0 and mean square 1), R (D,C) with orthonormal rows, the same for all depths, and the
+    deviation of all of the old rows' numbers: distances between codes stay what they are. Where D > C the rows of R
+    cannot be orthonormal, its columns are. Ids that are no codes begin as `Small` has them.
 
     noise: share of a row that is its own, 0..1: codes with equal vectors can still be told apart. share: as of `Small`.
     """
