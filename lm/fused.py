@@ -75,10 +75,13 @@ class FusedLayer:
 
 
 def joined(layers: list[nn.Linear], pack: Pack) -> Step:
-    """One product for layers that read the same."""
-    biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+    """One product for layers that read the same; a layer without a bias, beside one that has one, has zeros."""
     weights: list[Tensor] = [layer.weight for layer in layers]
-    return pack(torch.cat(weights), torch.cat(biases) if biases else None)
+    if all(layer.bias is None for layer in layers):
+        return pack(torch.cat(weights), None)
+    biases: list[Tensor | None] = [layer.bias for layer in layers]
+    parts = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
+    return pack(torch.cat(weights), torch.cat(parts))
 
 
 def rms_norm(norm: Any) -> Step:

@@ -2,7 +2,7 @@
 
 A step of decoding multiplies a few rows by every weight, so it takes as long as reading the weights does. torch reads
 its own layout at a third to two thirds of the memory's speed there, and one that is made once at full speed
-(`benchmarks/generate.py`). bf16 gives the same bits, fp32 the same up to rounding. It costs a second copy in memory.
+(`benchmarks/generate.py`). Same numbers up to rounding. It costs a second copy in memory.
 
 Legend: N outputs, C inputs.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,9 +24,9 @@ from lm.model import MultimodalLM, Rows
 
 LARGEST = 8 * 2**30  # bytes of weights; a model above keeps its own layout
 TYPICAL = 16  # rows of a step, for which the layout is chosen
-Packed = tuple[
-    list[tuple[int, int]], Callable[..., Tensor]
-]  # versions of a module's weights, its new `forward`
+LOOKED_AT = 16  # every so manieth row of a matrix is compared
+Version = tuple[int, int, int]
+Packed = tuple[list[Version], Callable[..., Tensor]]  # versions of a module's weights, its new `forward`
 
 
 def weights_of(model: MultimodalLM) -> PackedWeights:
@@ -46,7 +47,7 @@ class PackedWeights:
         self._model = weakref.ref(model)  # or keeping these would keep the model
         self.parts: dict[nn.Module, Packed] = {}
         self.rows: list[Callable[[Tensor], Tensor]] = []
-        self.rows_version = (-1, 0)
+        self.rows_versions: list[Version] = []
         self.lock = threading.RLock()  # decoding exchanges parts of the model for the length of a pass
 
     @property
@@ -57,7 +58,7 @@ class PackedWeights:
 
     @property
     def pays(self) -> bool:
-        """On a CPU that has oneDNN for the model's numbers, if there is room."""
+        """On a CPU that has oneDNN for the model's numbers, up to `LARGEST`; how much memory is free is not asked."""
         weight = next(self.model.parameters())
         size = sum(p.numel() * p.element_size() for p in self.model.parameters())
         if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or size > LARGEST:
@@ -67,7 +68,7 @@ class PackedWeights:
         return weight.dtype == torch.float32
 
     def refresh(self) -> None:
-        """Pack what is new or was written to since."""
+        """Pack what is new or was written to since (`_version` says what is seen)."""
         if not self.pays:
             self.parts, self.rows = {}, []
             return
@@ -78,10 +79,10 @@ class PackedWeights:
             if part is not output:
                 old = known.get(part)
                 self.parts[part] = old if old and old[0] == versions else (versions, stand_in(part))
-        version = _version(output.weight)
-        if self.rows_version != version or not self.rows:
+        versions = [_version(weight) for weight in output.parameters()]
+        if self.rows_versions != versions or not self.rows:
             parts: list[Rows] = self.model.output_rows()
-            self.rows, self.rows_version = [packed(*part) for part in parts], version
+            self.rows, self.rows_versions = [packed(*part) for part in parts], versions
 
     def _parts(self, module: nn.Module) -> Iterator[nn.Module]:
         """Whole decoder layers where they are known, single linear layers elsewhere."""
@@ -95,13 +96,17 @@ class PackedWeights:
     def used(self) -> Iterator[None]:
         """For the length of the block the model's layers read packed weights, and no other thread gets here."""
         with self.lock:
+            before = {part: vars(part).get("forward") for part in self.parts}
             for part, (_, forward) in self.parts.items():
                 part.forward = forward  # type: ignore[method-assign]
             try:
                 yield
             finally:
-                for part in self.parts:
-                    del part.forward  # the class's own shows again
+                for part, forward in before.items():
+                    if forward is None:
+                        del part.forward  # the class's own shows again
+                    else:
+                        part.forward = forward
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """As `MultimodalLM.text_logits`."""
@@ -114,9 +119,17 @@ class PackedWeights:
         return self.model.finish(self.rows[1 + depth](feature))
 
 
-def _version(weight: Tensor) -> tuple[int, int]:
-    """Other after each change in place, and after a change of type."""
-    return weight._version, weight.data_ptr()
+def _version(weight: Tensor) -> Version:
+    """Other after a change: torch's count of writes, the place in memory, and a checksum.
+
+    torch counts no writes through `.data`, nor through a numpy array that shares the memory. Of those are seen all that
+    reach a vector, or one of every `LOOKED_AT` rows of a matrix; not one that leaves these rows as they were, such as a
+    write to a single row. It takes 45 ms for each GB of weights, once for each `Decoder`.
+    """
+    told = weight.detach()
+    seen = told[::LOOKED_AT] if told.dim() > 1 else told.reshape(-1)
+    content: Any = seen.contiguous().view(torch.uint8).numpy()
+    return weight._version, weight.data_ptr(), zlib.crc32(content)
 
 
 def stand_in(part: Any) -> Callable[..., Tensor]:

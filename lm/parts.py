@@ -11,6 +11,7 @@ Legend: S positions of all documents laid end to end, W columns.
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -32,8 +33,12 @@ class PartedBatches(Dataset):
     As `lm.mixture.DocumentBatches`, whose parameters it has; row_length=None takes captions to be as long as they may.
     Held are the shards that the documents at hand come from, as many as `order.open_shards` says.
 
-    ConfigError if the mixture asks for what is not there, for written documents, which may name any picture, or if the
-    longest document does not fit into a row; and, from an item, if a shard is damaged.
+    A task for which a document's shard has nothing gives way to text → image there, or to a picture without a caption;
+    the first time is told on stderr, by each process. Whether the whole store has something is not known before all of
+    it has been read, so this decides: if none of the shards that the first batch looks into has it, ConfigError.
+
+    ConfigError also if the mixture asks for what is not there, for written documents, which may name any picture, or if
+    the longest document does not fit into a row; and if a shard that is read is damaged.
     """
 
     def __init__(
@@ -59,6 +64,8 @@ class PartedBatches(Dataset):
         self.longest = max(longest_document(task, mixture, pairs.longest_caption, form) for task in tasks)
         self.row_length = fitting_rows(row_length, self.longest)
         self._held: OrderedDict[int, Documents] = OrderedDict()
+        self._told: set[str] = set()
+        self._check_first()
 
     def __len__(self) -> int:
         return self.total
@@ -77,10 +84,9 @@ class PartedBatches(Dataset):
         """The document of a pair; of the pair alone, where its shard has nothing that the task could add."""
         material = self._material(shard)
         task, dropped = self.mixture.draw(random)
-        if (task == "edit" and not material.edited) or (
-            task == "interleaved" and not len(material.captioned)
-        ):
-            task = "text_to_image"
+        if not _has(material, task):
+            self._tell(task, shard)
+            task = "image" if task == "image_to_text" else "text_to_image"
         made = material.document(index, task, dropped, random)
         if task != "text":
             self._check_captions(made, material.pairs.ids[index])
@@ -90,9 +96,26 @@ class PartedBatches(Dataset):
         if shard not in self._held:
             while len(self._held) >= self.order.open_shards(self.places):
                 self._held.popitem(last=False)
-            self._held[shard] = Documents(self.pairs.part(shard), self.form, self.mixture, self.texts)
+            self._held[shard] = self._read(shard)
         self._held.move_to_end(shard)
         return self._held[shard]
+
+    def _read(self, shard: int) -> Documents:
+        return Documents(self.pairs.part(shard), self.form, self.mixture, self.texts)
+
+    def _tell(self, task: str, shard: int) -> None:
+        if task not in self._told:
+            self._told.add(task)
+            drawn = "pictures alone" if task == "image_to_text" else "text_to_image"
+            print(
+                f"mixture.{task}: {self._names([shard])} has no {NEEDED[task]}; its documents of this task are {drawn} "
+                "instead, as in other such shards",
+                file=sys.stderr,
+            )
+
+    def _names(self, shards: Sequence[int]) -> str:
+        known = self.pairs.store.manifest["shards"]
+        return ", ".join(known[shard]["name"] for shard in shards[:3]) + (" …" if len(shards) > 3 else "")
 
     def _disturb(self, batch: Batch, lengths: list[int], randoms: list[np.random.Generator]) -> None:
         """Noise in place, of each document its own."""
@@ -121,6 +144,23 @@ class PartedBatches(Dataset):
             )
         check_not_written(mixture, folder)
 
+    def _check_first(self) -> None:
+        """ConfigError on a task that no shard of the first batch has anything for; every process finds the same."""
+        wanted = {task for task in NEEDED if self.mixture.weights[task]}
+        shards = sorted({shard for shard, _ in self.order.samples(0, range(self.order.batch_size))})
+        for shard in shards:  # in most stores the first one has all
+            if not wanted:
+                return
+            material = self._read(shard)
+            wanted = {task for task in wanted if not _has(material, task)}
+        if wanted:
+            task = min(wanted)
+            raise ConfigError(
+                f"mixture.{task}={self.mixture.weights[task]}, but the store {self.pairs.store.folder} is read in "
+                f"parts, and none of the {len(shards)} shards of the first batch ({self._names(shards)}) has "
+                f"{NEEDED[task]}: leave the task out, or encode so that what belongs together lies in one shard"
+            )
+
     def _check_captions(self, made: Document, id_: str) -> None:
         vocabulary = self.form.vocabulary
         specials = set(vocabulary.specials)
@@ -129,6 +169,23 @@ class PartedBatches(Dataset):
                 raise ConfigError(
                     f"the caption of {id_!r} holds ids of special tokens; encode it as plain text"
                 )
+
+
+NEEDED = {
+    "edit": "two pictures of one concept with unlike captions",
+    "interleaved": "captions",
+    "image_to_text": "captions",
+}
+
+
+def _has(material: Documents, task: str) -> bool:
+    """Whether a shard has what a task takes."""
+    if task == "edit":
+        return bool(material.edited)
+    if task == "interleaved":
+        return bool(len(material.captioned))
+    # the other captions of a shard are not tokenised for this
+    return task != "image_to_text" or any(text.strip() for text in material.pairs.texts)
 
 
 def check_not_written(mixture: Mixture, folder: str) -> None:

@@ -1,6 +1,7 @@
 """Documents of every task, the mixture, and what is read from stores, captions and files."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -522,6 +523,16 @@ def test_a_run_is_not_resumed_on_other_codes_layouts_or_texts(tmp_path, made):
         (identity(other, form, ["a text"]), "tokenizer", "tokenizer bbbb, now it is aaaa"),
         (identity(store, flat, ["a text"]), "layout", "layout flat, now it is stacked"),
         (identity(store, both, ["a text"]), "picture_attention", "bidirectional, now it is causal"),
+        (
+            identity(store, SequenceFormat(replace(form.vocabulary, eos=3), form.layout, form.grids)),
+            "vocabulary",
+            "'eos': 3, .*, now it is ",
+        ),
+        (
+            identity(store, SequenceFormat(form.vocabulary, form.layout, ((4, 1),))),
+            "grids",
+            r"grids \[\[4, 1\]\], now it is \[\[2, 2\]\]",
+        ),
         (identity(store, form), "texts", "0 texts, .* now it is 1 texts, "),
         (identity(store, form, (), [(Part(1),)]), "documents", "1 documents, .* now it is 0 documents, "),
     ):
@@ -531,6 +542,7 @@ def test_a_run_is_not_resumed_on_other_codes_layouts_or_texts(tmp_path, made):
         with pytest.raises(ConfigError, match=told):
             Checkpoints(tmp_path, ours)._check(tmp_path, different)
     Checkpoints(tmp_path, ours)._check(tmp_path, json.loads(json.dumps(ours)))
+    assert identity(store, form, ["ab", "c"])["texts"] != identity(store, form, ["a", "bc"])["texts"]
 
 
 # --- written documents ----------------------------------------------------------------------------------------

@@ -52,6 +52,8 @@ def logits(lm):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_fused_layer_is_the_layer(name):
     lm = make_lm(name)
+    for layer in lm.base_model.layers:
+        layer.self_attn.scaling = 0.3  # some models do not divide by the root of the width
     expected = logits(lm)
     for layer in lm.base_model.layers:
         assert fused.suits(layer)
@@ -80,6 +82,22 @@ def test_other_layers_keep_their_own_forward():
 
     layer.mlp.up_proj = Adapted(32, 48)
     assert not fused.suits(layer)
+
+
+def test_a_layer_of_that_name_from_elsewhere_keeps_its_own_forward():
+    """As models that bring their own code do: what it computes is not known."""
+    layer = make_lm("llama").base_model.layers[0]
+    assert fused.suits(layer)
+    layer.__class__ = type("LlamaDecoderLayer", (type(layer),), {"__module__": "modeling_of_somebody"})
+    assert not fused.suits(layer)
+
+
+@torch.no_grad()
+def test_joined_layers_need_not_all_have_a_bias():
+    layers = [nn.Linear(4, width, bias=width == 3) for width in (2, 3, 5)]
+    x = torch.randn(6, 4)
+    found = fused.joined(layers, lambda weight, bias: lambda x: F.linear(x, weight, bias))(x)
+    torch.testing.assert_close(found, torch.cat([layer(x) for layer in layers], -1))
 
 
 def test_a_model_draws_the_same_with_its_own_layers(monkeypatch):

@@ -43,10 +43,23 @@ def encode(text):
     return [ord(each) % 200 for each in text]
 
 
-def batches(store, tasks, documents=12, total=100, texts=([1, 2, 3],), **ranks):
+def batches(store, tasks, documents=12, total=100, texts=([1, 2, 3],), seed=0, bare=(), **ranks):
     form, mixture = make_format()[0], Mixture(**ONLY | tasks)
-    pairs = PairsInParts(store, "train", encode, 64)
-    return PartedBatches(pairs, form, mixture, documents, None, 0, total, texts, **ranks)
+    pairs = Bare(store, "train", encode, 64)
+    pairs.bare = bare
+    return PartedBatches(pairs, form, mixture, documents, None, seed, total, texts, **ranks)
+
+
+class Bare(PairsInParts):
+    """Some shards have no captions."""
+
+    bare = ()
+
+    def part(self, number):
+        made = super().part(number)
+        if number in self.bare:
+            made.captions, made.texts = [()] * len(made), [""] * len(made)
+        return made
 
 
 def documents_of(batch):
@@ -97,6 +110,17 @@ def test_a_batch_holds_many_shards_and_a_process_reads_few():
     assert [ShardOrder([100], n, 0).lanes for n in (1, 64, 65, 96, 1000, 127)] == [1, 64, 13, 48, 50, 1]
     with pytest.raises(ValueError, match="0 samples"):
         ShardOrder([0, 0], 4, 0)
+
+
+def test_a_shard_is_shuffled_anew_for_each_seed_epoch_and_shard():
+    def rows(order, epoch):
+        return [order.samples(30 * epoch + n, [0])[0] for n in range(30)]
+
+    order = ShardOrder([30], 1, 0)
+    assert len({str(rows(each, epoch)) for each in (order, ShardOrder([30], 1, 1)) for epoch in (0, 1)}) == 4
+    pair = ShardOrder([15, 15], 1, 0)
+    apart = [[row for shard, row in rows(pair, 0) if shard == k] for k in (0, 1)]
+    assert sorted(apart[0]) == sorted(apart[1]) and apart[0] != apart[1]
 
 
 # --- batches --------------------------------------------------------------------------------------------------
@@ -157,6 +181,48 @@ def test_what_a_document_takes_beside_its_pair_is_of_its_shard(store, whole):
         assert max(kinds) >= 2
 
 
+def test_what_a_document_draws_is_its_own_in_each_place_batch_and_seed(store):
+    def drawn(n, seed):
+        texts = [[i] for i in range(200)]
+        return sorted(
+            str(ids) for ids, _ in documents_of(batches(store, {"text": 1.0}, 6, texts=texts, seed=seed)[n])
+        )
+
+    kinds = [drawn(0, 0), drawn(1, 0), drawn(0, 1)]
+    assert all(len(set(each)) > 3 for each in kinds)
+    assert len({str(each) for each in kinds}) == 3 and kinds[0] == drawn(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("task", "lacks"),
+    [
+        (
+            "edit",
+            "two pictures of one concept with unlike captions; its documents of this task are text_to_image",
+        ),
+        ("interleaved", "captions; its documents of this task are text_to_image"),
+        ("image_to_text", "captions; its documents of this task are pictures alone"),
+    ],
+)
+def test_a_shard_that_has_nothing_for_a_task_is_told_once_and_a_store_that_has_nothing_is_refused(
+    store, task, lacks, capsys
+):
+    form, bare = make_format()[0], (2, 7)
+    some = batches(store, {task: 1.0}, documents=41, bare=bare)
+    epoch = [ids for n in range(4) for ids, _ in documents_of(some[n])]
+    lengths = [len(form.split(torch.tensor(ids).view(-1, form.width))) for ids in epoch]
+    expected = sum(store.counts("train")[shard] for shard in bare)
+    assert lengths.count(1) == expected  # pictures alone, for these shards have no captions at all
+    assert sum(length < (2 if task == "image_to_text" else 3) for length in lengths) == expected
+    (told,) = capsys.readouterr().err.splitlines()
+    assert any(f"mixture.{task}: shard-{k:05}.parquet has no {lacks}" in told for k in bare)
+    with pytest.raises(
+        ConfigError, match=rf"mixture\.{task}=1\.0, but .* none of the \d+ shards .* has {lacks[:8]}"
+    ):
+        batches(store, {task: 1.0}, bare=range(store.parts))
+    batches(store, PAIRS, bare=range(store.parts))  # pictures alone, as in memory
+
+
 def test_no_more_shards_are_held_than_are_looked_into(store, monkeypatch):
     read, part = Counter(), CodeStore.part
 
@@ -209,9 +275,11 @@ def test_what_a_store_in_parts_cannot_give_is_refused(store):
         PartedBatches(pairs, make_format(grid=(1, 3))[0], Mixture(**ONLY | PAIRS), 4, None, 0, 1)
     with pytest.raises(ConfigError, match="row_length=8: the longest document has"):
         PartedBatches(pairs, make_format()[0], Mixture(**ONLY | PAIRS), 4, 8, 0, 1)
-    pairs.encode_text = lambda text: [make_format()[0].vocabulary.image_start]
-    with pytest.raises(ConfigError, match=r"caption of 'p\d+' holds ids of special tokens"):
-        _ = PartedBatches(pairs, make_format()[0], Mixture(**ONLY | PAIRS), 4, None, 0, 1)[0]
+    vocabulary = make_format()[0].vocabulary
+    for id_ in (vocabulary.image_start, vocabulary.image_offset, vocabulary.size - 1):
+        pairs.encode_text = lambda text, id_=id_: [5, id_]
+        with pytest.raises(ConfigError, match=r"caption of 'p\d+' holds ids of special tokens"):
+            _ = PartedBatches(pairs, make_format()[0], Mixture(**ONLY | PAIRS), 4, None, 0, 1)[0]
 
 
 def test_the_order_is_part_of_what_a_run_was_trained_on(folder, monkeypatch):
