@@ -250,7 +250,7 @@ def convert(file: Path, folder: Path) -> None:
     """GGUF file → Hugging Face folder, atomically. ConfigError if packages are missing or text does not survive."""
     missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
     if missing:
-        raise ConfigError(f"reading a GGUF file needs {' and '.join(missing)}: pip install 'vqlm[gguf]'")
+        raise ConfigError(f"{file}: to read it takes {' and '.join(missing)}: pip install 'vqlm[gguf]'")
     try:
         with alone(file) as only:
             tokenizer = gguf_tokenizer(only)
