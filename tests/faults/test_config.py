@@ -1,5 +1,6 @@
 """C.22 and C.23: a wrong configuration, and one that differs from that of the run that it would go on with."""
 
+import importlib
 import shutil
 import sys
 import time
@@ -116,6 +117,8 @@ def call(monkeypatch, capfd):
 
 
 def test_a_wrong_configuration_is_found_before_data_is_read(count, figure, work, call):
+    for late in ("vq.learner", "vq.encode", "lm.learner", "lm.pipeline", "lm.callbacks"):
+        importlib.import_module(late)  # commands import these once a configuration asks for them
     places = {"STORE": work / "store", "BUNDLE": work / "bundle", "TOKENIZER": work / "tokenizer"}
     cases, seconds, missed = WRONG[:: count(6, 1)], [], []
     call("vq-train", ["sed=1"])  # imports
