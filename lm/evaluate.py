@@ -29,9 +29,7 @@ if TYPE_CHECKING:
     from lm.sequence import Grid
 
 STYLES = "heldout_style"
-SAMPLED = (
-    4096  # pictures of a split, at least, of a store that is read in parts; of one in memory all are taken
-)
+SAMPLED = 4096  # pictures of a split, at least, of a store that is read in parts; else all are taken
 NAMES = {"train": "train", "heldout": "heldout", STYLES: "held-out style"}
 
 

@@ -113,12 +113,8 @@ def _drawn(path: Path) -> str | None:
     try:
         with Image.open(path) as picture:
             return picture.info.get("vqlm", "")
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        Image.DecompressionBombError,
-    ):  # somebody else's, whatever it is
+    # somebody else's, whatever it is
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return ""
 
 

@@ -171,7 +171,7 @@ def train_lm(rank, world, folder):
 
     import torch
     from safetensors.torch import save_file
-    from tiny import Terminated
+    from tiny import Signalled
 
     from vqlm import training
     from vqlm.errors import Interrupted
@@ -182,7 +182,7 @@ def train_lm(rank, world, folder):
     training.leave = lambda: None  # the ranks stay together for the next run
     hardware = Hardware(torch.device("cpu"), "fp32", world, "ddp")
     folder, documents = Path(folder), make_documents(rank, world)
-    stopped = lambda total: Terminated(documents(total), LM_STOP if rank == 1 else None)  # noqa: E731
+    stopped = lambda total: Signalled(documents(total), LM_STOP if rank == 1 else None)  # noqa: E731
     found = {}
     runs = (("whole", documents), ("parts", stopped), ("parts", documents), ("from-one", documents))
     for name, batches in runs:
@@ -199,30 +199,14 @@ def train_lm(rank, world, folder):
     save_file(found, str(folder / f"rank-{rank}.safetensors"))
 
 
-class Killed:
-    """A run's batches; while batch `at` is read the process is killed."""
-
-    def __init__(self, batches, at):
-        self.batches, self.at = batches, at
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __getitem__(self, n):
-        import os
-        import signal
-
-        if n == self.at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return self.batches[n]
-
-
 def train_lm_killed(rank, world, folder, batches=LM_BATCHES, at=LM_STOP):
     """A run in `folder`/killed that saves after each batch; its last rank is killed while it reads batch `at`."""
     import os
+    import signal
     from pathlib import Path
 
     import torch
+    from tiny import Signalled
 
     from vqlm import training
     from vqlm.hardware import Hardware
@@ -230,7 +214,7 @@ def train_lm_killed(rank, world, folder, batches=LM_BATCHES, at=LM_STOP):
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     os.environ |= {name: str(value) for name, value in place.items()}
     documents = make_documents(rank, world)
-    killed = lambda total: Killed(documents(total), at if rank == world - 1 else None)  # noqa: E731
+    killed = lambda total: Signalled(documents(total), at if rank == world - 1 else None, signal.SIGKILL)  # noqa: E731
     hardware = Hardware(torch.device("cpu"), "fp32", world, "ddp" if world > 1 else "single")
     training.fit(
         make_lm_learner(batches, average=0.5),
@@ -279,7 +263,7 @@ def train_parted(rank, world, folder):
 
     import torch
     from safetensors.torch import save_file
-    from tiny import Terminated
+    from tiny import Signalled
 
     from vqlm import training
     from vqlm.errors import Interrupted
@@ -292,7 +276,7 @@ def train_parted(rank, world, folder):
         make_documents(rank, world),
         {"average": 0.5, "recompute": True},
     )
-    stopped = lambda total: Terminated(documents(total), LM_STOP if rank == 1 else None)  # noqa: E731
+    stopped = lambda total: Signalled(documents(total), LM_STOP if rank == 1 else None)  # noqa: E731
     seen = {}
     for name, batches, given in (
         ("whole", documents, options),

@@ -274,16 +274,16 @@ def write_made_store(folder, count, shard_size, tokenizer=None, more_captions=""
     return folder
 
 
-class Terminated:
-    """A run's batches; SIGTERM comes while batch `at` is read."""
+class Signalled:
+    """A run's batches; a signal comes while batch `at` is read."""
 
-    def __init__(self, batches, at):
-        self.batches, self.at = batches, at
+    def __init__(self, batches, at, number=signal.SIGTERM):
+        self.batches, self.at, self.number = batches, at, number
 
     def __len__(self):
         return len(self.batches)
 
     def __getitem__(self, n):
         if n == self.at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
         return self.batches[n]

@@ -273,16 +273,7 @@ class Tally:
 
     def refuse(self, name, file, attempt, *given):
         """It must be a ConfigError that names the file."""
-        try:
-            with contextlib.redirect_stderr(io.StringIO()):
-                attempt(*given)
-        except ConfigError as error:
-            self.refused[name] += 1
-            if file not in str(error):
-                self.wrong.append((name, f"{file} is not named", str(error)[:300]))
-        except BaseException as error:
-            self.wrong.append((name, "not a ConfigError", repr(error)[:300]))
-        else:
+        if self._taken(name, file, attempt, *given):
             self.wrong.append((name, "was taken", file))
         self.listen(name)
 
@@ -297,17 +288,23 @@ class Tally:
 
     def either(self, name, file, attempt, *given):
         """Refused, or passed over: which of both depends on how far a library looks."""
+        if self._taken(name, file, attempt, *given):
+            self.harmless[name] += 1
+        self.listen(name)
+
+    def _taken(self, name, file, attempt, *given):
+        """Whether there was no error; one that is no ConfigError, or does not name the file, is wrong."""
         try:
             with contextlib.redirect_stderr(io.StringIO()):
                 attempt(*given)
-            self.harmless[name] += 1
+            return True
         except ConfigError as error:
             self.refused[name] += 1
             if file not in str(error):
                 self.wrong.append((name, f"{file} is not named", str(error)[:300]))
         except BaseException as error:
             self.wrong.append((name, "not a ConfigError", repr(error)[:300]))
-        self.listen(name)
+        return False
 
     def listen(self, name):
         if sung := self.canaries.sung():

@@ -19,7 +19,7 @@ from on_ranks import (
     train_lm_killed,
 )
 from safetensors.torch import load_file
-from tiny import Terminated
+from tiny import Signalled
 from torch.multiprocessing import ProcessExitedException
 from torch.utils.data import Dataset
 
@@ -37,7 +37,7 @@ def together(tmp_path_factory):
     """The folder of two ranks, and what each of them ends with."""
     folder = tmp_path_factory.mktemp("together")
     with pytest.raises(Interrupted):
-        begun = lambda total: Terminated(make_documents()(total), LM_STOP)  # noqa: E731
+        begun = lambda total: Signalled(make_documents()(total), LM_STOP)  # noqa: E731
         fit(make_lm_learner(average=0.5), begun, folder / "from-one", ALONE, "test")
     run_on_ranks(train_lm, folder)
     return folder, [load_file(folder / f"rank-{rank}.safetensors") for rank in range(2)]

@@ -17,7 +17,7 @@ from on_ranks import (
     train_parted,
 )
 from safetensors.torch import load_file
-from tiny import Terminated, make_format
+from tiny import Signalled, make_format
 
 from vqlm.errors import ConfigError, Interrupted
 from vqlm.hardware import Hardware
@@ -36,7 +36,7 @@ def runs(tmp_path_factory):
     alone = make_lm_learner(average=0.5)
     fit(alone, make_documents(), folder / "alone", ALONE, "test", callbacks=[look])
     with pytest.raises(Interrupted):
-        stopped = lambda total: Terminated(make_documents()(total), LM_STOP)  # noqa: E731
+        stopped = lambda total: Signalled(make_documents()(total), LM_STOP)  # noqa: E731
         fit(make_lm_learner(average=0.5), stopped, folder / "from-one", ALONE, "test")
     run_on_ranks(train_parted, folder)
     seen = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny import Terminated, make_tokenizer
+from tiny import Signalled, make_tokenizer
 from torch.nn import functional as F
 
 from vq.batches import NoAugment, PictureBatch, PictureBatches
@@ -311,7 +311,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(at, tmp_path):
     whole = learner(0)
     fit(whole, pictures, tmp_path / "whole", CPU, "test")
     with pytest.raises(Interrupted):
-        fit(learner(0), lambda total: Terminated(pictures(total), at), tmp_path / "parts", CPU, "test")
+        fit(learner(0), lambda total: Signalled(pictures(total), at), tmp_path / "parts", CPU, "test")
     resumed = learner(99)
     fit(resumed, pictures, tmp_path / "parts", CPU, "test")
     expected, found = whole.training_state()[0], resumed.training_state()[0]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny import Terminated, make_tokenizer
+from tiny import Signalled, make_tokenizer
 from torch import nn
 
 from vq.batches import NoAugment, PictureBatches
@@ -256,7 +256,7 @@ def test_where_nothing_is_held_out_training_pictures_are_watched_and_it_is_said(
 def test_a_resumed_run_keeps_best_and_alarms_without_duplicates(tmp_path):
     watched(spoiled(36), tmp_path / "whole")
     with pytest.raises(Interrupted):
-        watched(spoiled(36), tmp_path / "parts", batches=lambda total: Terminated(pictures(total), 29))
+        watched(spoiled(36), tmp_path / "parts", batches=lambda total: Signalled(pictures(total), 29))
     log = tmp_path / "parts" / "watch.jsonl"
     assert any(entry["alarm"] for entry in read_log(log))
     later = {"batch": 32, "samples": 1, "psnr": 99.0, "codes_in_use": None, "alarm": True}
