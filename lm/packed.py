@@ -75,10 +75,11 @@ class PackedWeights:
         output: Any = self.model.lm.get_output_embeddings()
         known, self.parts = self.parts, {}
         for part in self._parts(self.model):
+            if part is output:
+                continue  # its rows are packed by kind, below
             versions = [_version(weight) for weight in part.parameters()]
-            if part is not output:
-                old = known.get(part)
-                self.parts[part] = old if old and old[0] == versions else (versions, stand_in(part))
+            old = known.get(part)
+            self.parts[part] = old if old and old[0] == versions else (versions, stand_in(part))
         versions = [_version(weight) for weight in output.parameters()]
         if self.rows_versions != versions or not self.rows:
             parts: list[Rows] = self.model.output_rows()
