@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -336,6 +336,28 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any], ignored: set[str]) 
 
 
 # --- composing ----------------------------------------------------------------------------------------------
+
+
+def compose(made: Command, words: Sequence[str]) -> dict[str, Any]:
+    """The configuration of a command with these words, checked as for a run, running nothing.
+
+    May be called within a job of another command.
+
+    Raises:
+        ConfigError: as the command itself would say it.
+    """
+    parsed = get_args_parser().parse_args([])
+    quoted = [_quoted(each, made) for each in words]
+    before = GlobalHydra.instance().hydra
+    try:
+        with _composer(made, parsed) as composed:
+            return check(composed(quoted), made.function, made.packages)
+    except ConfigError:
+        raise
+    except COMPOSITION_ERRORS as error:
+        raise _explained(error, made, parsed, quoted) from error
+    finally:
+        GlobalHydra.instance().hydra = before
 
 
 @contextlib.contextmanager

@@ -12,15 +12,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
 
 from vqlm.command import command
-from vqlm.errors import ConfigError, Interrupted
+from vqlm.errors import ConfigError
 from vqlm.files import new_folder, write_json
+from vqlm.processes import run
 
 PROMPTS = ("red apple", "woman astronaut dark skin tone")
 TOY_PROMPTS = ("a large red circle, left",)
@@ -36,19 +36,19 @@ def demo(size: Literal["auto", "smoke", "laptop", "gpu"], pictures: str | None, 
     images = image_arguments(size, pictures)
     vq, lm, store = folder / "vq", folder / "lm", folder / "store"
     steps = [
-        ("train the image tokenizer", "vq.train", [*images, f"vq_size={size}", f"out={vq}"]),
-        ("encode the pictures", "vq.encode", [*images, f"tokenizer={vq}/tokenizer", f"out={store}"]),
+        ("train the image tokenizer", "vq-train", [*images, f"vq_size={size}", f"out={vq}"]),
+        ("encode the pictures", "vq-encode", [*images, f"tokenizer={vq}/tokenizer", f"out={store}"]),
         (
             "train the language model, measure it",
-            "lm.train",
+            "lm-train",
             [f"lm_size={size}", f"store={store}", f"out={lm}"],
         ),
     ]
     for prompt in TOY_PROMPTS if size == "smoke" else PROMPTS:
         drawing = [f"model={lm}/model", f"prompt={prompt}", "n=4", f"out={folder}/pictures"]
-        steps.append((f"draw {prompt!r}", "lm.generate", drawing))
-    for number, (what, module, arguments) in enumerate(steps, 1):
-        run(f"[{number}/{len(steps)}] {what}", module, arguments)
+        steps.append((f"draw {prompt!r}", "lm-generate", drawing))
+    for number, (what, name, arguments) in enumerate(steps, 1):
+        run(f"[{number}/{len(steps)}] {what}", name, arguments)
     metrics = gather(folder, vq, lm)
     metrics["minutes"] = (time.monotonic() - started) / 60
     write_json(folder / "metrics.json", metrics)
@@ -65,30 +65,6 @@ def image_arguments(size: str, pictures: str | None) -> list[str]:
     if pictures is not None:
         return ["images=folder", f"images.source.path={pictures}"]
     return ["images=shapes" if size == "smoke" else "images=openmoji"]
-
-
-def run(title: str, module: str, arguments: list[str]) -> None:
-    """One command in a process of its own; its exit code is ours if it fails."""
-    shown = " ".join([module.replace(".", "-"), *arguments])
-    print(f"\n=== {title}\n    {shown}", flush=True)
-    # huge pages for large buffers: about 1.1 times faster training on a CPU, and nothing elsewhere
-    environment = {"THP_MEM_ALLOC_ENABLE": "1", **os.environ}
-    process = subprocess.Popen([sys.executable, "-m", module, *arguments], env=environment)
-    try:
-        code = process.wait()
-    except Interrupted:
-        process.terminate()
-        process.wait()  # it saves its state
-        raise
-    except KeyboardInterrupt:  # the terminal has sent it to both
-        process.wait()
-        raise
-    if code:
-        print(
-            f"\n{shown}\nended with exit code {code}. Run the same command again to go on from here.",
-            file=sys.stderr,
-        )
-        raise SystemExit(code if code > 0 else 128 - code)
 
 
 def gather(folder: Path, vq: Path, lm: Path) -> dict[str, Any]:

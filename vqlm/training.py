@@ -66,7 +66,7 @@ FALLS: dict[str, Callable[[float], float]] = {  # share of the fall that is left
     "linear": lambda left: left,
     "cosine": lambda left: (1 - math.cos(math.pi * left)) / 2,
 }
-COUNTERS = ("batches_seen", "samples_seen", "seconds", "bad_batches", "bad_in_a_row")
+COUNTERS = ("batches_seen", "samples_seen", "seconds", "flops", "bad_batches", "bad_in_a_row")
 WHOLE = "state.safetensors"  # of a checkpoint that one process wrote
 # SIGUSR1 is what a scheduler sends a while before a job's time is over; not every system has it.
 STOPPING = (signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
@@ -154,6 +154,7 @@ class Learner(L.LightningModule):
         self.batches_seen = 0
         self.samples_seen = 0
         self.seconds = 0.0
+        self.flops = 0.0  # of all batches and ranks, where `work` counts them
         self.rate = 0.0  # factor on the learning rate, 0..1
         self._clock: float | None = None
         self.bad_batches = 0
@@ -239,6 +240,7 @@ class Learner(L.LightningModule):
         work = _summed({"samples": float(sample_count(batch)), **self.work(batch)}, self.device)
         self.seconds += passed
         self.samples_seen += int(work.pop("samples"))
+        self.flops += work.get("flops", 0.0)
         self._clock = now
         self.latest = {**logs, "rate": rate, **self.throughput.add(work, passed)}
 

@@ -198,6 +198,7 @@ def running(process, log, beyond):
 
 PLAIN = """
 import signal, sys, time, lightning as L, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits it ignored
 class Plain(L.LightningModule):
     def __init__(self):
         super().__init__()

@@ -1,0 +1,45 @@
+"""Our own commands, run one after another, each in a process of its own. What they do is not known here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from vqlm.errors import Interrupted
+
+# What a user types → the module behind it.
+COMMANDS = {
+    "vq-train": "vq.train",
+    "vq-encode": "vq.encode",
+    "vq-evaluate": "vq.evaluate",
+    "vq-ladder": "vq.ladder",
+    "lm-train": "lm.train",
+    "lm-generate": "lm.generate",
+    "lm-evaluate": "lm.evaluate",
+}
+
+
+def run(title: str, command: str, words: Sequence[str]) -> None:
+    """Print and run one command; SystemExit with its exit code if it fails, after it was told to stop if we were."""
+    shown = " ".join([command, *words])
+    print(f"\n=== {title}\n    {shown}", flush=True)
+    # huge pages for large buffers: about 1.1 times faster training on a CPU, and nothing elsewhere
+    environment = {"THP_MEM_ALLOC_ENABLE": "1", **os.environ}
+    process = subprocess.Popen([sys.executable, "-m", COMMANDS[command], *words], env=environment)
+    try:
+        code = process.wait()
+    except Interrupted:
+        process.terminate()
+        process.wait()  # it saves its state
+        raise
+    except KeyboardInterrupt:  # the terminal has sent it to both
+        process.wait()
+        raise
+    if code:
+        print(
+            f"\n{shown}\nended with exit code {code}. Run the same command again to go on from here.",
+            file=sys.stderr,
+        )
+        raise SystemExit(code if code > 0 else 128 - code)
