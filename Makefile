@@ -27,7 +27,7 @@ OFFLINE := HF_HUB_OFFLINE=1
 WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n > 4 ? 4 : n)))
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo smoke test faults check audit lock bench clean
+.PHONY: help setup demo smoke test faults check audit lock bench report docs clean
 
 help:  ## print this list
 	@awk -F ":.*## " "/^[a-z-]+:.*## / { printf \"  make %-6s  %s\\n\", \$$1, \$$2 }" $(MAKEFILE_LIST)
@@ -66,6 +66,15 @@ lock: setup  ## requirements-cpu.txt anew: each package of constraints.txt with 
 
 bench: setup  ## the quantizer: ours, the library, the limit
 	$(OFFLINE) $(BIN)/python benchmarks/quantizer.py $(ARGS)
+
+report: setup  ## every table that is made of numbers, from the files of the runs: READMEs, docs/claims.md, docs/reliability.md
+	$(BIN)/python benchmarks/report.py $(ARGS)
+	$(BIN)/python tests/faults/report.py
+
+docs: setup  ## the site of docs/, in build/docs (a warning is an error)
+	@$(BIN)/python -c 'import furo, myst_parser, sphinx' 2>/dev/null || $(PIP) install -c constraints.txt -e '.[docs]'
+	$(OFFLINE) $(BIN)/python -m sphinx -q -W --keep-going -d build/doctrees docs build/docs $(ARGS)
+	@echo "docs: build/docs/index.html"
 
 clean:  ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -12,7 +12,7 @@ are plain white, and codes that tell white from white would be wasted.
 Every cell (method and K) is the same small convolutional net (64 px, f = 4: 256 patches a picture), trained from the
 same weights on the same batches; only the quantizer and what replaces its codes differ. A share of 0.2 of the concepts
 (photos) is held out. Budgets are in batches, so a slow or busy machine does not change the results. Cells that are
-already in the JSON are not run again: the script can be stopped and goes on.
+already in --runs are not run again: the script can be stopped and goes on.
 
     ours      ResidualQuantizer of depth 1, CodebookReset with its defaults
     library   the same quantizer, whose unused codes the library replaces: its own `expire_codes_`, called after each
@@ -39,8 +39,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 from PIL import Image
+from record import Table
 from torch import Tensor
 
 from vq.backbones.conv import ConvDecoder, ConvEncoder
@@ -248,20 +250,37 @@ def too_large(name: str, K: int, batch_size: int) -> bool:
     return name == "ibq" and 6 * 4 * batch_size * PATCHES * K > MOST_BYTES
 
 
-def table(cells: list[dict[str, Any]]) -> str:
-    head = f"{'K':>7} {'method':8} {'patches/K':>15} {'train use':>10} {'held use':>9} {'perplexity/K':>13}"
-    lines = [f"{head} {'PSNR':>7} {'replaced/batch':>15} {'minutes':>8}"]
+def table(cells: list[dict[str, Any]], title: str) -> Table:
+    rows = []
     for cell in sorted(cells, key=lambda c: (c["asked"], list(METHODS).index(c["method"]))):
         train, held, K = cell["train"], cell["heldout"], cell["K"]
-        ratios = f"{train['patches'] / K:.1f} {held['patches'] / K:.1f}"
         minutes = (cell["train_s"] + cell["finish_s"] + cell["measure_s"]) / 60
-        lines.append(
-            f"{K:7} {cell['method']:8} {ratios:>15} {train['used']:10.2%} {held['used']:9.2%} "
-            f"{held['perplexity'] / K:13.3f} {held['psnr']:7.2f} {cell['replaced_per_batch']:15.1f} {minutes:8.1f}"
+        patches = [f"{train['patches'] / K:.1f}", f"{held['patches'] / K:.1f}"]
+        use = [
+            f"{train['used']:.2%}",
+            f"{held['used']:.2%}",
+            f"{held['perplexity'] / K:.3f}",
+            f"{held['psnr']:.2f}",
+        ]
+        rows.append(
+            [
+                f"K = {K}, {cell['method']}",
+                *patches,
+                *use,
+                f"{cell['replaced_per_batch']:.1f}",
+                f"{minutes:.1f}",
+            ]
         )
-    return "\n".join(
-        [*lines, "patches/K: of the training and of the held-out pictures; the rest is held out"]
-    )
+    columns = [
+        "",
+        "patches/K, train",
+        "held out",
+        "use, train",
+        "held out",
+        "perplexity/K, held out",
+        "PSNR, held out",
+    ]
+    return Table(title, [*columns, "replaced a batch", "minutes"], rows)
 
 
 def verdict(cells: list[dict[str, Any]]) -> str:
@@ -281,7 +300,7 @@ def verdict(cells: list[dict[str, Any]]) -> str:
             for what, (applies, holds) in checks.items()
         ]
         lines.append(f"K = {K}: " + ", ".join(said))
-    return "\n".join(lines)
+    return "; ".join(lines)
 
 
 def plot(cells: list[dict[str, Any]], path: Path) -> None:
@@ -317,21 +336,25 @@ def main() -> int:
     parser.add_argument("--batches", type=int, default=200, help="of training, for each cell (default 200)")
     parser.add_argument("--batch-size", type=int, default=16, help="pictures (default 16)")
     parser.add_argument("--images", default="openmoji", help="openmoji, or a folder of photos")
-    default = Path(__file__).parent / "results" / "codebook_use"
-    parser.add_argument("--out", type=Path, default=default, help="name of the .json and .png")
+    runs = Path("runs/codebook_use")
+    parser.add_argument(
+        "--runs", type=Path, default=runs, help=f"keeps cells.json and use.png (default {runs})"
+    )
+    record.add_out(parser, __file__)
     asked = parser.parse_args()
     if min(asked.batches, asked.batch_size) < 1:
         parser.error("--batches and --batch-size: at least 1")
     images = asked.images if asked.images == "openmoji" else Path(asked.images).resolve().name
     settings = {"images": images, "batches": asked.batches, "batch_size": asked.batch_size}
-    target = asked.out.with_suffix(".json")
+    target = asked.runs / "cells.json"
     cells: list[dict[str, Any]] = json.loads(target.read_text())["cells"] if target.exists() else []
     wanted = [(name, K) for K in asked.sizes for name in asked.methods]
     done = {(c["method"], c["asked"]) for c in cells if c["settings"] == settings}
     if len(done) < len(cells):
-        parser.error(f"{target} holds cells of other settings than {settings}: name another --out")
+        parser.error(f"{target} holds cells of other settings than {settings}: name another --runs")
     hardware = detect()
-    print(f"{hardware}, {settings}", flush=True)
+    about = record.machine(torch.get_num_threads(), "vector-quantize-pytorch", device=str(hardware))
+    print(f"{record.told(about)}, {settings}", flush=True)
     train, heldout = read(asked.images) if set(wanted) - done else (None, None)
     for name, K in wanted:
         if (name, K) in done or train is None or heldout is None:
@@ -345,8 +368,13 @@ def main() -> int:
         cells.append(cell | {"settings": settings})
         target.parent.mkdir(parents=True, exist_ok=True)
         write_json(target, {"hardware": str(hardware), "cells": cells})
-    print(f"\n{table(cells)}\n\n{verdict(cells)}")
-    plot(cells, asked.out.with_suffix(".png"))
+    made, found = (
+        table(cells, f"{images}, {asked.batches} batches of {asked.batch_size} pictures"),
+        verdict(cells),
+    )
+    print(f"\n{made}\n\n{found}")
+    plot(cells, asked.runs / "use.png")
+    record.keep(asked.out, __doc__, about, found, [made])
     return 0
 
 

@@ -1,6 +1,6 @@
-"""What does a picture cost on its way into a store: to decode, to encode, to keep, to read back? For docs/scale.md.
+"""What does a picture cost on its way into a store: to decode, to encode, to keep, to read back?
 
-    python benchmarks/encoding.py [--pictures N] [--device cpu|cuda]
+    python benchmarks/encoding.py [--pictures N] [--device cpu|cuda] [--out [FILE]]
 
 Pictures are JPEG files of 512x384 px with noise, in tars of 100. One CPU thread; CPU seconds of the process, so that
 other programs on the machine do not count (on a GPU the clock's seconds count for "encode"). Weights are random: what
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import sys
 import tarfile
 import tempfile
 import time
@@ -21,8 +20,10 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import record
 import torch
 from PIL import Image
+from record import Table
 
 from vq.archives import Tars
 from vq.backbones.conv import ConvDecoder, ConvEncoder
@@ -129,7 +130,7 @@ def measure(size: str, tars: Path, pictures: int, device: str) -> list[str]:
     ]
 
 
-def keep(rows: int = 10_000, cells: int = 256, codebook: int = 16_384) -> str:
+def large_shard(rows: int = 10_000, cells: int = 256, codebook: int = 16_384) -> Table:
     """A large shard of random codes: its bytes, and how fast it is written and read back with every check."""
     random = np.random.default_rng(0)
     job: dict[str, Any] = {"codebook_size": codebook, "depth": 1, "digest": ""}
@@ -145,28 +146,34 @@ def keep(rows: int = 10_000, cells: int = 256, codebook: int = 16_384) -> str:
     data = to_bytes(shard)
     written = rate(rows, lambda: to_bytes(shard))
     read = rate(rows, lambda: read_shard(data, job))
-    return (
-        f"a shard of {rows:,} rows of {cells} codes of {codebook:,}: {len(data) / rows:.0f} bytes a row; "
-        f"{written:,.0f} rows a second written, {read:,.0f} read back"
-    )
+    title = f"a shard of {rows:,} rows of {cells} random codes of {codebook:,}, every check included"
+    found = [f"{len(data) / rows:.0f}", f"{written:,.0f}", f"{read:,.0f}"]
+    return Table(title, ["", "bytes a row", "rows a second written", "read back"], [["shard", *found]])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--pictures", type=int, default=200)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    record.add_out(parser, __file__)
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    device = torch.cuda.get_device_name() if asked.device == "cuda" else "cpu"
+    about = record.machine(1, "pyarrow", "pillow", device=device)
+    print(record.told(about), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         size = write_tars(Path(folder), asked.pictures)
-        each_kb = size / asked.pictures / 1024
-        print(f"{asked.pictures} JPEG files of {each_kb:.0f} KB; one thread; torch {torch.__version__}")
-        print("| tokenizer | codes | decode | encode | tar to shard | read back | bytes a picture |")
-        print("|---|---|---|---|---|---|---|")
-        for each in SIZES:
-            print(f"| {' | '.join(measure(each, Path(folder), asked.pictures, asked.device))} |", flush=True)
-    print(keep())
-    print("Pictures a second of one core, but for the last column.", file=sys.stderr)
+        title = f"pictures a second of one core: {asked.pictures} JPEG files of {size / asked.pictures / 1024:.0f} KB"
+        rows = [measure(each, Path(folder), asked.pictures, asked.device) for each in SIZES]
+    columns = ["tokenizer", "codes", "decode", "encode", "tar to shard", "read back", "bytes a picture"]
+    tables = [Table(title, columns, rows), large_shard()]
+    sides = [dict(zip(columns, row, strict=True)) for row in rows]
+    rates = [
+        f"{each['tar to shard']} of {each['tokenizer']} ({each['encode']} encoder alone)" for each in sides
+    ]
+    found = f"from tar to shard, pictures a second of one core: {'; '.join(rates)}"
+    print(*tables, found, sep="\n\n")
+    record.keep(asked.out, __doc__, about, found, tables)
 
 
 if __name__ == "__main__":

@@ -22,14 +22,13 @@ Legend: B rows, T positions, V ids, L positions of a picture.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
-from typing import Any
 
+import record
 import torch
+from record import Table
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, LogitsProcessor
@@ -42,7 +41,6 @@ from lm.heads.linear import LinearHead
 from lm.model import MultimodalLM, from_scratch
 from lm.sequence import LAYOUTS, Laid, SequenceFormat, Text
 from lm.vocab import Vocabulary
-from vqlm.files import write_json
 
 WIDTH, LAYERS, TEXT_IDS, CODES, SCALE, PROMPT = 768, 12, 16_384, 16_384, 3.0, 16
 OURS, OWN, BATCHED, BARE = "ours", "transformers, own guidance", "transformers, batched guidance", "bare loop"
@@ -195,9 +193,12 @@ def step_bytes(model: MultimodalLM) -> int:
 # --- rounds -------------------------------------------------------------------------------------------------------
 
 
-def race(model: MultimodalLM, count: int, rounds: int, names: list[str]) -> dict[str, list[float]]:
-    """Milliseconds a step of each contestant in each round; prints where greedy codes differ from ours."""
+def race(
+    model: MultimodalLM, count: int, rounds: int, names: list[str]
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Milliseconds a step of each contestant in each round; how many of its first greedy codes are ours."""
     found: dict[str, list[float]] = {name: [] for name in names}
+    same = {}
     for turn in range(rounds + 1):  # the first is not counted
         codes = {}
         for name in names:
@@ -206,55 +207,45 @@ def race(model: MultimodalLM, count: int, rounds: int, names: list[str]) -> dict
             if turn:
                 found[name].append((time.perf_counter() - start) * 1000 / model.form.longest_picture)
         if turn == 0:
-            for name in names[1:]:
-                same = float((codes[name] == codes[OURS]).float().cumprod(1).sum(1).mean())
-                print(
-                    f"{count} pictures, {name}: the first {same:.0f} of {codes[OURS].shape[1]} codes are ours"
-                )
-    return found
+            equal = {name: (codes[name] == codes[OURS]).float().cumprod(1).sum(1).mean() for name in names}
+            same = {name: round(float(first)) for name, first in equal.items()}
+    return found, same
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Drawing speed: ours, transformers' generate, a bare loop, the limit."
-    )
-    parser.add_argument("--pictures", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--fp32", action="store_true", help="instead of bf16: greedy codes are then equal")
-    parser.add_argument("--side", type=int, default=16, help="cells of a row and of a column (default 16)")
-    default = Path(__file__).parent / "results" / "generate.json"
-    parser.add_argument("--out", type=Path, nargs="?", const=default, help="also write JSON")
-    asked = parser.parse_args()
-    dtype = torch.float32 if asked.fp32 else torch.bfloat16
+def contestants(asked: argparse.Namespace, dtype: torch.dtype) -> tuple[list[Table], list[str]]:
+    """A table for each number of pictures, and what was predicted of it."""
     model = make_model("flat", (asked.side, asked.side), 1, "linear", dtype)
     speed = bandwidth()
-    floor = step_bytes(model) / speed * 1000
-    print(
-        f"{torch.get_num_threads()} threads, {dtype}, {speed / 1e9:.1f} GB/s, roofline {floor:.1f} ms a step"
-    )
-    rows: list[dict[str, Any]] = []
+    floor = f"{step_bytes(model) / speed * 1000:.1f}"
+    tables, found = [], []
     for count in asked.pictures:
-        times = race(model, count, asked.rounds, list(CONTESTANTS))
-        for name, found in times.items():
-            ratios = [a / b for a, b in zip(found, times[OURS], strict=True)]
-            rows.append({"pictures": count, "name": name, "ms": median(found), "ratio": median(ratios)})
-            told = BARS.get((count, name))
-            bar = "" if told is None else f"   predicted {told}: {'yes' if median(ratios) >= told else 'NO'}"
-            print(
-                f"{count:3} {name:32} {median(found):8.1f} ms a step  ours is {median(ratios):5.2f} times as fast{bar}"
+        times, same = race(model, count, asked.rounds, list(CONTESTANTS))
+        rows = []
+        for name, taken in times.items():
+            ratio = median(a / b for a, b in zip(taken, times[OURS], strict=True))
+            rows.append(
+                [
+                    name,
+                    f"{median(taken):.1f}",
+                    f"{ratio:.2f}",
+                    str(BARS.get((count, name), "")),
+                    str(same[name]),
+                ]
             )
-    rows += heads(asked.rounds, asked.side // 2, dtype)
-    if asked.out:
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(
-            asked.out,
-            {"threads": torch.get_num_threads(), "dtype": str(dtype), "roofline_ms": floor, "rows": rows},
-        )
-    print(json.dumps({"roofline_ms": round(floor, 2)}))
-    return 0
+            if (count, name) in BARS:
+                found.append(held(f"{count} at a time, {name}", ratio, BARS[count, name]))
+        rows.append([f"roofline, {speed / 1e9:.1f} GB/s", floor, "", "", ""])
+        columns = ["", "ms a step", "times ours", "predicted", f"of {asked.side**2} codes the first equal"]
+        tables.append(Table(f"pictures at a time: {count}", columns, rows))
+        print(f"\n{tables[-1]}", flush=True)
+    return tables, found
 
 
-def heads(rounds: int, side: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+def held(what: str, ratio: float, bar: float) -> str:
+    return f"{what} {ratio:.2f} (predicted {bar}: {'yes' if ratio >= bar else 'NO'})"
+
+
+def heads(rounds: int, side: int, dtype: torch.dtype) -> tuple[Table, str]:
     """Q = 4 codes in each of side² cells: codes a second, flattened and by heads."""
     kinds = {"flattened": ("flat", "linear"), "layered": ("stacked", "layered")}
     kinds["depth_transformer"] = ("stacked", "depth_transformer")
@@ -268,15 +259,35 @@ def heads(rounds: int, side: int, dtype: torch.dtype) -> list[dict[str, Any]]:
             ours(model, 1)
             if turn:
                 found[name].append(4 * side * side / (time.perf_counter() - start))
-    rows = []
-    for name, speeds in found.items():
-        ratio = median(a / b for a, b in zip(speeds, found["flattened"], strict=True))
-        bar = "" if name != "layered" else f"   predicted {HEAD_BAR}: {'yes' if ratio >= HEAD_BAR else 'NO'}"
-        print(f"Q = 4, {name:20} {median(speeds):7.0f} codes/s, {ratio:5.2f} times flattened{bar}")
-        rows.append(
-            {"pictures": 1, "name": f"Q=4 {name}", "codes_per_second": median(speeds), "ratio": ratio}
-        )
-    return rows
+    ratios = {
+        name: median(a / b for a, b in zip(speeds, found["flattened"], strict=True))
+        for name, speeds in found.items()
+    }
+    rows = [[name, f"{median(speeds):.0f}", f"{ratios[name]:.2f}"] for name, speeds in found.items()]
+    made = Table(f"Q = 4 codes in each of {side * side} cells", ["", "codes/s", "times flattened"], rows)
+    return made, held("layered head against flattened", ratios["layered"], HEAD_BAR)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Drawing speed: ours, transformers' generate, a bare loop, the limit."
+    )
+    parser.add_argument("--pictures", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--fp32", action="store_true", help="instead of bf16: greedy codes are then equal")
+    parser.add_argument("--side", type=int, default=16, help="cells of a row and of a column (default 16)")
+    record.add_out(parser, __file__)
+    asked = parser.parse_args()
+    dtype = torch.float32 if asked.fp32 else torch.bfloat16
+    about = record.machine(torch.get_num_threads(), "transformers")
+    print(f"{record.told(about)}, {dtype}", flush=True)
+    tables, found = contestants(asked, dtype)
+    by_heads, told = heads(asked.rounds, asked.side // 2, dtype)
+    verdict = f"ours, times as fast: {'; '.join([*found, told])}"
+    print(f"\n{by_heads}\n\n{verdict}", flush=True)
+    precision = {"dtype": str(dtype).removeprefix("torch.")}
+    record.keep(asked.out, __doc__, about | precision, verdict, [*tables, by_heads])
+    return 0
 
 
 if __name__ == "__main__":

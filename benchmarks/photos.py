@@ -24,8 +24,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -36,9 +34,11 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import record
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from record import Table
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -46,6 +46,7 @@ from vq.batches import PictureBatch
 from vq.data import PictureSet
 from vq.images import contact_sheet, from_bytes, open_image, picture_bytes, to_image
 from vq.measure import ExtraWeights, MakeMeter, extra_meters, measure, rebuilt
+from vq.photos import COPYRIGHT, LAND, PACKAGE
 from vq.tokenizer import ImageTokenizer
 from vqlm.batches import Order, generator
 from vqlm.command import CONF, build
@@ -55,9 +56,6 @@ from vqlm.files import write_json
 from vqlm.hardware import Hardware, detect
 from vqlm.training import fit
 
-PACKAGE = "endless-sky-data"
-LAND = Path("usr/share/games/endless-sky/images/land")
-COPYRIGHT = Path("usr/share/doc", PACKAGE, "copyright")
 SIDE = 256  # of the crops that are kept and measured
 TRAINING = 200 / 273  # share of the photos
 SHOWN = 4  # photos on the sheet
@@ -229,22 +227,18 @@ def digest(value: Any) -> str:
 # --- what comes out -------------------------------------------------------------------------------------------
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def table(results: list[dict[str, Any]], title: str) -> Table:
     features = next((key for key in results[0]["heldout"] if key.endswith("_kernel")), None)
     columns = [("psnr", "PSNR dB", 2), ("ssim", "SSIM", 4), ("ms_ssim", "MS-SSIM", 4), ("fwd", "FWD", 4)]
     columns += [(features, "kernel", 4)] if features else []
     columns += [("bits", "bits", 0), ("bits_entropy", "entropy", 0)]
-    head = "".join(f"{title:>10}" for _, title, _ in columns)
-    lines = [f"{'cell':12}{'minutes':>8}{head}  codes used per depth"]
+    rows = []
     for result in results:
         m = result["heldout"]
-        cells = "".join(
-            f"{m[key]:>10.{digits}f}" if m.get(key) is not None else f"{'-':>10}"
-            for key, _, digits in columns
-        )
+        cells = [f"{m[key]:.{digits}f}" if m.get(key) is not None else "-" for key, _, digits in columns]
         used = " ".join(f"{share:.0%}" for share in m.get("codes_used", [])) or "no codes"
-        lines.append(f"{result['cell']:12}{result['minutes']:>8.1f}{cells}  {used}")
-    return "\n".join(lines)
+        rows.append([result["cell"], f"{result['minutes']:.1f}", *cells, used])
+    return Table(title, ["cell", "minutes", *(name for _, name, _ in columns), "codes used per depth"], rows)
 
 
 def verdict(results: list[dict[str, Any]]) -> str:
@@ -280,17 +274,6 @@ def spread(names: Sequence[str], count: int) -> list[str]:
     return [names[int(place)] for place in torch.linspace(0, len(names) - 1, min(count, len(names)))]
 
 
-def machine(hardware: Hardware) -> dict[str, Any]:
-    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
-    return {
-        "hardware": str(hardware),
-        "cores": os.cpu_count(),
-        "load": load,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
 def feature_meters(device: torch.device) -> list[MakeMeter]:
     """The kernel distance where its weights are installed; the table goes without otherwise."""
     try:
@@ -308,7 +291,8 @@ def main() -> int:
     )
     parser.add_argument("--folder", type=Path, help="photos of your own, instead of the package's")
     parser.add_argument("--cache", type=Path, default=user_cache(), help=f"default {user_cache()}")
-    parser.add_argument("--out", type=Path, help="cells, photos.json, photos.png (default runs/photos-SIZE)")
+    parser.add_argument("--runs", type=Path, help="cells, photos.json, photos.png (default runs/photos-SIZE)")
+    record.add_out(parser, __file__)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     if asked.batches is not None and asked.batches < 1:
@@ -323,7 +307,7 @@ def main() -> int:
 def work(asked: argparse.Namespace) -> int:
     size = SIZES[asked.size]
     size = size if asked.batches is None else Size(asked.batches, size.batch_size, size.crop, size.overrides)
-    out = asked.out or Path("runs", f"photos-{asked.size}")
+    out = asked.runs or Path("runs", f"photos-{asked.size}")
     if asked.folder is not None and not asked.folder.is_dir():
         raise ConfigError(f"--folder {asked.folder}: there is no such folder")
     folder, package = asked.folder, None
@@ -333,8 +317,8 @@ def work(asked: argparse.Namespace) -> int:
     sets = read_photos(folder)
     photos = [sorted({name.rpartition("#")[0] for name in each.ids}) for each in sets]
     hardware = detect()
-    about = machine(hardware)
-    print("  ".join(f"{key} {value}" for key, value in about.items()))
+    about = record.machine(torch.get_num_threads(), device=str(hardware))
+    print(record.told(about))
     print(
         f"photos: {len(photos[0])} to train on, {len(photos[1])} held out; crops: {len(sets[0])} and {len(sets[1])}"
     )
@@ -355,7 +339,10 @@ def work(asked: argparse.Namespace) -> int:
     }
     run = {"size": asked.size, **asdict(size), "seed": asked.seed, "seconds": time.monotonic() - start}
     write_json(out / "photos.json", {"machine": about, "run": run, "cells": results, "data": data})
-    print(f"\n{table(results)}\n{verdict(results)}\npictures: {out / 'photos.png'}")
+    title = f"{len(sets[1])} held-out crops, {asked.size} size, {size.batches} batches of {size.batch_size}"
+    made, found = table(results, title), verdict(results)
+    print(f"\n{made}\n{found}\npictures: {out / 'photos.png'}")
+    record.keep(asked.out, __doc__, about, found, [made])
     return 0
 
 

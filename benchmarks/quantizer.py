@@ -17,20 +17,20 @@ Legend: N vectors, D width, K codebook size, Q depth.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
+
+import record
+from record import Table
 
 if TYPE_CHECKING:  # torch is imported in the workers, after their environment is set
     from torch import Tensor
@@ -278,48 +278,35 @@ def compare(case: Case, ours_NQ: Any, theirs_NQ: Any) -> dict[str, Any]:
     return {"equal": 1 - len(differ) / N, "differ": len(differ), "worst_gap": worst, "agree": worst <= TIE}
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    lines = [f"{'':12}{'contestant':30}{'ms':>9}{'x ours':>8}{'  [range]':14}{'peak MB':>8}  codes"]
+def table(results: list[dict[str, Any]]) -> Table:
+    rows = []
     for result in results:
         for name, row in result["contestants"].items():
             low, high = row["times_ours_range"]
             peak = "-" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
-            codes = result["codes"].get(name)
-            said = f"{codes['equal']:.4%} equal" + ("" if codes["agree"] else ", DISAGREE") if codes else ""
-            if codes and codes["differ"] and codes["agree"]:
-                said += f", {codes['differ']} ties"
-            first = str(Case(**result["case"])) if name == OURS else ""
-            span = f"[{low:.2f}-{high:.2f}]"
-            lines.append(
-                f"{first:12}{name:30}{row['ms']:9.1f}{row['times_ours']:8.2f}  {span:12}{peak:>8}  {said}"
-            )
-        lines.append("")
-    return "\n".join(lines)
+            times = [f"{row['ms']:.1f}", f"{row['times_ours']:.2f}", f"{low:.2f}-{high:.2f}", peak]
+            rows.append([f"{Case(**result['case'])}, {name}", *times, agreement(result["codes"].get(name))])
+    return Table("", ["case", "ms", "x ours", "range", "peak MB", "codes"], rows)
+
+
+def agreement(codes: dict[str, Any] | None) -> str:
+    if codes is None:
+        return ""
+    ties = f", {codes['differ']} ties" if codes["differ"] and codes["agree"] else ""
+    return f"{codes['equal']:.4%} equal" + ties + ("" if codes["agree"] else ", DISAGREE")
 
 
 def verdict(results: list[dict[str, Any]]) -> str:
     """The prediction beside what was measured, against the faster of the two ways to call the library."""
     found = next(each for each in results if each["case"]["K"] == PREDICTED_K)["contestants"]
     ratio, peak = min(found[name]["times_ours"] for name in PEERS), found[OURS]["peak_mb"]
-    memory = "not measured on this system" if peak is None else f"{peak:.0f} MB"
+    memory = "memory not measured on this system" if peak is None else f"in {peak:.0f} MB"
     holds = ratio >= PREDICTED_SPEED and (peak is None or peak <= PREDICTED_MB)
     return (
-        f"predicted at K={PREDICTED_K}: at least {PREDICTED_SPEED:g}x the library with huge pages, "
-        f"at most {PREDICTED_MB} MB\nmeasured:             {ratio:.1f}x, {memory}: "
+        f"K = {PREDICTED_K:,}: {ratio:.1f} times as fast as the library with huge pages "
+        f"(predicted {PREDICTED_SPEED:g}), {memory} (at most {PREDICTED_MB}): "
         f"{'it holds' if holds else 'it does NOT hold in this run'}"
     )
-
-
-def machine(threads: int) -> dict[str, Any]:
-    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
-    packages = {name: version(name) for name in ("torch", "vector-quantize-pytorch")}
-    return {
-        "system": platform.system(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "load": load,
-        **packages,
-    }
 
 
 def main() -> int:
@@ -327,26 +314,20 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each case (default 5)")
     parser.add_argument("--slow-rounds", type=int, default=2, help="of them with 4K pages (default 2)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    default = Path(__file__).parent / "results" / "quantizer.json"
-    parser.add_argument(
-        "--out", type=Path, nargs="?", const=default, help="also write JSON (default name: results/)"
-    )
+    record.add_out(parser, __file__)
     asked = parser.parse_args()
     if min(asked.rounds, asked.slow_rounds, asked.threads) < 1:
         parser.error("--rounds, --slow-rounds and --threads: at least 1")
-    about = machine(asked.threads)
-    print("  ".join(f"{key} {value}" for key, value in about.items()), flush=True)
+    about = record.machine(asked.threads, "vector-quantize-pytorch")
+    print(record.told(about), flush=True)
     results = []
     with workers(asked.threads) as pipes:
         for case in CASES:
             print(f"measuring {case} ...", file=sys.stderr, flush=True)
             results.append(measure(case, pipes, asked.rounds, min(asked.slow_rounds, asked.rounds)))
-    print(f"\n{table(results)}\n{verdict(results)}", flush=True)
-    if asked.out:
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        asked.out.write_text(
-            json.dumps({"machine": about, "results": results}, indent=2) + "\n", encoding="utf-8"
-        )
+    made, found = table(results), verdict(results)
+    print(f"\n{made}\n\n{found}", flush=True)
+    record.keep(asked.out, __doc__, about, found, [made])
     return 0 if all(codes["agree"] for each in results for codes in each["codes"].values()) else 1
 
 

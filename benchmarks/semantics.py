@@ -23,15 +23,15 @@ import argparse
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import record
 import torch
+from record import Table
 from torch import Tensor
 
 from vq.data import ImageData, OpenMoji, PictureSet
@@ -194,45 +194,55 @@ def cell(
 # --- the table --------------------------------------------------------------------------------------------------
 
 
-def table(cells: dict[str, list[dict[str, Any]]], count: int) -> str:
+def table(cells: dict[str, list[dict[str, Any]]], count: int) -> Table:
     """Means over seeds, and over the probe's seeds."""
     chance = {f"recall@{k}": k / count for k in (1, 5, 10)} | {"median_rank": (count + 1) / 2}
-    error = math.sqrt(0.1 * 0.9 / count)
-    heads = f"{'loss':16}{'read by':9}{'PSNR':>7}  "
-    groups = f"{'caption of a picture':^29}   {'picture of a caption':^29}"
-    lines = [f"{'':32}  {groups}", heads + "   ".join([f"{'R@1':>7}{'R@5':>7}{'R@10':>7}{'rank':>8}"] * 2)]
-    lines.append(f"{'chance':32}  {numbers([chance])}   {numbers([chance])}")
+    rows = [["chance", "", *numbers([chance]), *numbers([chance])]]
     for name, runs in cells.items():
         readers = {"probe": [probe for run in runs for probe in run["probes"]]}
         if "own" in runs[0]:
             readers["own"] = [run["own"] for run in runs]
+        psnr = f"{mean(run['psnr'] for run in runs):.2f}"
         for reader, found in readers.items():
-            both = [
+            ways = [
                 numbers([each[way] for each in found]) for way in ("caption_of_picture", "picture_of_caption")
             ]
-            psnr = f"{mean(run['psnr'] for run in runs):7.2f}" if reader == "probe" else " " * 7
-            lines.append(f"{name if reader == 'probe' else '':16}{reader:9}{psnr}  {'   '.join(both)}")
-    lines.append(
-        f"{count} held-out concepts: the standard error of a recall of 10 % is {100 * error:.1f} points"
-    )
+            rows.append([f"{name}, read by {reader}", psnr, *ways[0], *ways[1]])
+    error = 100 * math.sqrt(0.1 * 0.9 / count)
+    title = f"{count} held-out concepts: the standard error of a recall of 10 % is {error:.1f} points"
+    ways = [
+        f"{what} {short}" for short in ("by picture", "by caption") for what in ("R@1", "R@5", "R@10", "rank")
+    ]
+    return Table(title, ["loss", "PSNR", *ways], rows)
+
+
+def likelihoods(cells: dict[str, list[dict[str, Any]]]) -> list[Table]:
+    """What a run's own scorer gives captions, where it gives them a likelihood."""
+    rows = []
     for name, runs in cells.items():
         told = [run["own"]["nats_a_caption"] for run in runs if "nats_a_caption" in run.get("own", {})]
         if told:
-            own, another = (mean(each[key] for each in told) for key in ("own", "another"))
-            lines.append(
-                f"{name}: {own:.2f} nats for a held-out caption, {another:.2f} for another picture's"
-            )
-    return "\n".join(lines)
+            rows.append([name, *(f"{mean(each[key] for each in told):.2f}" for key in ("own", "another"))])
+    columns = ["nats a held-out caption", "beside its picture", "beside another"]
+    return [Table("", columns, rows)] if rows else []
 
 
-def numbers(found: list[dict[str, float]]) -> str:
-    recalls = "".join(f"{100 * mean(each[f'recall@{k}'] for each in found):6.1f}%" for k in (1, 5, 10))
-    return f"{recalls}{mean(each['median_rank'] for each in found):8.1f}"
+def verdict(cells: dict[str, list[dict[str, Any]]]) -> str:
+    """The claim, by the probe: recall@10, over both ways."""
+    ways = ("caption_of_picture", "picture_of_caption")
+    found = {
+        name: mean(probe[way]["recall@10"] for run in runs for probe in run["probes"] for way in ways)
+        for name, runs in cells.items()
+    }
+    holds = found["captioning"] > found["contrastive"]
+    said = ", ".join(f"{name} {value:.1%}" for name, value in found.items())
+    verdict = "it holds" if holds else "it does NOT"
+    return f"claimed: captioning above contrastive; recall@10 by the probe: {said}: {verdict}"
 
 
-def machine() -> dict[str, Any]:
-    facts = {"system": platform.system(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    return {**facts, "torch": version("torch"), "transformers": version("transformers")}
+def numbers(found: list[dict[str, float]]) -> list[str]:
+    recalls = [f"{mean(each[f'recall@{k}'] for each in found):.1%}" for k in (1, 5, 10)]
+    return [*recalls, f"{mean(each['median_rank'] for each in found):.1f}"]
 
 
 def main() -> int:
@@ -248,21 +258,18 @@ def main() -> int:
     parser.add_argument(
         "--smoke", action="store_true", help="a toy set and a toy tokenizer: does the road hold?"
     )
-    default = Path(__file__).parent / "results" / "semantics.json"
-    parser.add_argument("--out", type=Path, nargs="?", const=default, help="also write JSON")
+    record.add_out(parser, __file__)
     asked = parser.parse_args()
     if min(asked.seeds, asked.batches) < 1:
         parser.error("--seeds and --batches: at least 1")
+    about = record.machine(torch.get_num_threads(), "transformers")
     sets = pictures(asked.smoke)
     print(f"{len(sets[0])} training pictures, {len(sets[1])} held-out concepts, one picture each", flush=True)
     names = [*TERMS, *([PRETRAINED] if asked.text_encoder else [])]
     cells = {name: [cell(name, asked, seed, sets) for seed in range(asked.seeds)] for name in names}
-    print(f"\n{table(cells, len(sets[1]))}", flush=True)
-    if asked.out:
-        told = {"machine": machine(), "batches": asked.batches, "holdout": HOLDOUT, "concepts": len(sets[1])}
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**told, "probe": PROBE, "cells": cells}, indent=2)
-        asked.out.write_text(text + "\n", encoding="utf-8")
+    made, found = [table(cells, len(sets[1])), *likelihoods(cells)], verdict(cells)
+    print("", *made, found, sep="\n\n", flush=True)
+    record.keep(asked.out, __doc__, about, found, made)
     return 0
 
 

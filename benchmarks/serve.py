@@ -1,4 +1,4 @@
-"""`lm-serve` under load: 500 requests at a time, clients of 200 leave; how long the others wait, and memory after.
+"""What does `lm-serve` do under load: how long do clients wait, some of them leaving, and what stays in memory?
 
     python benchmarks/serve.py                       # a model with random weights
     python benchmarks/serve.py --model runs/lm/model
@@ -19,8 +19,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import record
 import torch
 import uvicorn
+from record import Table
 
 from lm.pipeline import Pipeline
 from lm.serve import address, listen
@@ -28,6 +30,17 @@ from lm.serve.app import Server
 from lm.serve.engine import Engine
 from lm.serve.web import Limits
 
+COLUMNS = [
+    "",
+    "served",
+    "pictures/s",
+    "p50 s",
+    "p95 s",
+    "429",
+    "other answers",
+    "tensors, bytes",
+    "resident, MB",
+]
 PATH = "/v1/images/generations"
 
 
@@ -40,6 +53,7 @@ def main() -> None:
     parser.add_argument("--leave", type=int, default=200)
     parser.add_argument("--branches", type=int, default=64)
     parser.add_argument("--guidance", type=float, default=2.0)
+    record.add_out(parser, __file__)
     asked = parser.parse_args()
     pipe = Pipeline.from_pretrained(asked.model) if asked.model else random_pipeline()
     engine = Engine(pipe.model, asked.branches, accepted=asked.requests)
@@ -49,28 +63,30 @@ def main() -> None:
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
     url = address(listening).removeprefix("http://")
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {pipe.device}, {asked.branches} branches"
-    )
+    about = record.machine(torch.get_num_threads(), "transformers", "uvicorn", device=str(pipe.device))
+    print(f"{record.told(about)}, {asked.branches} branches", flush=True)
     try:
         alone = [draw(url, 1000 + number, asked.guidance)[1] for number in range(5)]
         settle(engine)
         before = tensors(), resident()
-        print(f"one at a time: median {statistics.median(alone):.2f} s")
-        for name, leave in (("all stay", 0), (f"{asked.leave} leave", asked.leave)):
-            load(url, asked, name, leave)
-            settle(engine)
-            print(
-                f"  after: tensors {tensors() - before[0]:+,} bytes, resident {resident() - before[1]:+.0f} MB"
-            )
+        loads = {"all stay": 0, f"{asked.leave} leave": asked.leave}
+        rows = [load(url, asked, name, leave, engine, before) for name, leave in loads.items()]
         status, _ = draw(url, 1, asked.guidance)
-        print(f"alive: status {status}, {engine.count} drawings left")
     finally:
         server.should_exit = True
         thread.join()
+    made = Table(f"{asked.requests} requests at a time", COLUMNS, rows)
+    found = f"{rows[0][2]} pictures a second for {asked.requests} clients at once, "
+    found += f"{statistics.median(alone):.2f} s for one alone; afterwards "
+    found += f"{'alive' if status == 200 else f'status {status}'}, {engine.count} drawings left"
+    print(f"\n{made}\n\n{found}")
+    record.keep(asked.out, __doc__, about, found, [made])
 
 
-def load(url: str, asked: argparse.Namespace, name: str, leave: int) -> None:
+def load(
+    url: str, asked: argparse.Namespace, name: str, leave: int, engine: Engine, before: tuple[int, float]
+) -> list[str]:
+    """A row of the table. before: bytes of tensors, MB resident."""
     every = asked.requests // leave if leave else 0
     started = time.monotonic()
 
@@ -86,10 +102,18 @@ def load(url: str, asked: argparse.Namespace, name: str, leave: int) -> None:
     busy = sum(status == 429 for status, _ in answers)
     other = [status for status, _ in answers if status not in (0, 200, 429)]
     p50, p95 = (served[int(len(served) * share)] for share in (0.5, 0.95))
-    print(
-        f"{asked.requests} at a time, {name}: {len(served)} served in {seconds:.1f} s "
-        f"({len(served) / seconds:.1f} pictures/s), p50 {p50:.2f} s, p95 {p95:.2f} s, 429: {busy}, other: {other}"
-    )
+    settle(engine)
+    after = [f"{tensors() - before[0]:+,}", f"{resident() - before[1]:+.0f}"]
+    served_s = [f"{len(served)} in {seconds:.1f} s", f"{len(served) / seconds:.1f}"]
+    return [
+        name,
+        *served_s,
+        f"{p50:.2f}",
+        f"{p95:.2f}",
+        str(busy),
+        ", ".join(map(str, other)) or "none",
+        *after,
+    ]
 
 
 def connect(url: str, number: int, guidance: float) -> http.client.HTTPConnection:

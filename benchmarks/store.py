@@ -1,6 +1,6 @@
-"""What does it cost to open a store, and to read its rows in shuffled order? For docs/scale.md.
+"""What does it cost to open a store, and to read its rows in shuffled order?
 
-    python benchmarks/store.py [--rows N] [--shards N] [--folder DIR]
+    python benchmarks/store.py [--rows N] [--shards N] [--folder DIR] [--contestants NAME …] [--out [FILE]]
 
 A row is a caption of about 70 characters and 256 codes out of 16,384. Each contestant is a process of its own, with one
 thread. Rates are of CPU seconds, so that other programs on the machine do not count. Memory is what is resident, files
@@ -28,7 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import record
 import torch
+from record import Table
 
 SPLIT, BATCH, CODES, GRID = "train", 64, 16_384, (16, 16)
 
@@ -145,7 +147,9 @@ def streamed(folder: str) -> Callable[[], Iterator[Any]]:
     from datasets import load_dataset
 
     found = load_dataset("parquet", data_files=f"{folder}/*.parquet", split="train", streaming=True)
-    found = found.select_columns(["caption", "codes"]).with_format("numpy").shuffle(0, 10_000)
+    found = (
+        found.select_columns(["caption", "codes"]).with_format("numpy").shuffle(seed=0, buffer_size=10_000)
+    )
 
     def rows() -> Iterator[Any]:
         for row in found:
@@ -211,32 +215,46 @@ def main() -> None:
     parser.add_argument(
         "--folder", help="where the store is made, or lies already; default: a temporary folder"
     )
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    record.add_out(parser, __file__)
     asked = parser.parse_args()
     if asked.contestant:
         print(json.dumps(measure(asked.contestant, asked.folder)))
         return
+    about = record.machine(1, "pyarrow", "datasets")
+    print(record.told(about), flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(asked.folder or temporary) / "store"
         if not (folder / "manifest.json").is_file():
             write(folder, asked.rows, asked.shards)
         size = sum(path.stat().st_size for path in folder.glob("*.parquet"))
-        print(f"{asked.rows:,} rows in {asked.shards} shards, {size / 1e6:,.0f} MB")
-        heads = ("open, CPU s", "MB after", "MB highest", "rows/CPU s", "open files")
-        print(f"{'':20}" + "".join(f"{head:>14}" for head in heads))
-        for name in CONTESTANTS:
-            command = [sys.executable, __file__, "--contestant", name, "--folder", str(folder)]
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "ARROW_DEFAULT_THREADS": "1"}
-            told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-            m = json.loads(told.splitlines()[-1])
-            cells = (
-                f"{m['open_cpu']:.1f}",
-                f"{m['after_open']:.0f}",
-                f"{m['highest']:.0f}",
-                f"{m['rate']:,.0f}",
-                m["handles"],
-            )
-            print(f"{name:20}" + "".join(f"{cell:>14}" for cell in cells), flush=True)
+        title = f"{asked.rows:,} rows in {asked.shards} shards, {size / 1e6:,.0f} MB"
+        found = {name: apart(name, folder) for name in asked.contestants}
+    made = table(title, found)
+    print(made)
+    record.keep(asked.out, __doc__, about, verdict(found), [made])
+
+
+def apart(name: str, folder: Path) -> dict[str, float]:
+    """`measure` in a process of its own."""
+    command = [sys.executable, __file__, "--contestant", name, "--folder", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ARROW_DEFAULT_THREADS": "1"}
+    told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    return json.loads(told.splitlines()[-1])
+
+
+def table(title: str, found: dict[str, dict[str, float]]) -> Table:
+    columns = ["", "open, CPU s", "MB after", "MB highest", "rows/CPU s", "open files"]
+    formats = {"open_cpu": ".1f", "after_open": ".0f", "highest": ".0f", "rate": ",.0f", "handles": ".0f"}
+    rows = [[name, *(f"{m[key]:{form}}" for key, form in formats.items())] for name, m in found.items()]
+    return Table(title, columns, rows)
+
+
+def verdict(found: dict[str, dict[str, float]]) -> str:
+    return "rows a CPU second, shuffled: " + "; ".join(
+        f"{name} {m['rate']:,.0f}" for name, m in found.items()
+    )
 
 
 if __name__ == "__main__":

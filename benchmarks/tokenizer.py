@@ -18,9 +18,7 @@ Legend: B pictures, C H W picture.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -32,7 +30,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import record
 import torch
+from record import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -197,19 +197,18 @@ def measure(found: list[Contestant], rounds: int) -> dict[str, dict[str, list[fl
     return times
 
 
-def network_table(found: list[Contestant], times: dict[str, dict[str, list[float]]]) -> str:
-    lines = [f"{'':30}{'':8}{'GFLOP':>7}{'ms':>8}{'pictures/s':>12}{'GFLOP/s':>9}{'of limit':>10}  [range]"]
+def network_table(found: list[Contestant], times: dict[str, dict[str, list[float]]]) -> Table:
+    rows = []
     for each in found:
         for task, taken in times[each.name].items():
-            ms = 1000 * median(taken)
-            work = each.gflop.get(task)
-            rate = f"{work / median(taken):9.0f}" if work else f"{'':9}"
-            row = f"{each.name:30}{task:8}{f'{work:.0f}' if work else '':>7}{ms:8.0f}{1000 / ms:12.2f}{rate}"
+            ms, work = 1000 * median(taken), each.gflop.get(task)
+            row = [f"{each.name}, {task}", f"{work:.0f}" if work else "", f"{ms:.0f}", f"{1000 / ms:.2f}"]
+            row.append(f"{work / median(taken):.0f}" if work else "")
+            shares = [limit / own for limit, own in zip(times[LIMIT][task], taken, strict=True)]
             if each.name.startswith("VQ-16") and each.name != LIMIT:
-                shares = [limit / own for limit, own in zip(times[LIMIT][task], taken, strict=True)]
-                row += f"{median(shares):10.2f}  [{min(shares):.2f}-{max(shares):.2f}]"
-            lines.append(row)
-    return "\n".join(lines)
+                row += [f"{median(shares):.2f}", f"{min(shares):.2f}-{max(shares):.2f}"]
+            rows.append([*row, *[""] * (7 - len(row))])
+    return Table("networks", ["", "GFLOP", "ms", "pictures/s", "GFLOP/s", "of limit", "range"], rows)
 
 
 def profile(found: list[Contestant]) -> str:
@@ -316,21 +315,21 @@ def equal(codes: dict[str, Tensor], others: dict[str, Tensor]) -> float:
     return float(torch.stack([(codes[id_] == others[id_]).float().mean() for id_ in others]).mean())
 
 
-def command_table(result: dict[str, Any]) -> str:
+def command_tables(result: dict[str, Any]) -> list[Table]:
     count, taken = result["pictures"], {step: median(times) for step, times in result["seconds"].items()}
-    working = taken["command"] - taken["start"]
-    lines = [f"{'':44}{'seconds':>9}{'pictures/s':>12}{'of bare':>9}"]
-    for label, value in (
-        ("bare encoder, fp32 nchw, pictures in memory", taken["bare"]),
-        ("vq-encode without its start", working),
-        ("vq-encode, the whole process", taken["command"]),
-    ):
-        lines.append(f"{label:44}{value:9.1f}{count / value:12.2f}{taken['bare'] / value:9.2f}")
-    lines.append(f"{'start: python and imports':44}{taken['start']:9.1f}")
-    lines.append(f"rows of the store equal to the bare encoder's: {result['rows_equal']:.2%}")
-    shares = ", ".join(f"{share:.4%} in {name}" for name, share in result["equal_codes"].items())
-    lines.append(f"codes equal to those in fp32 nchw: {shares}")
-    return "\n".join(lines)
+    rows = [
+        [label, f"{value:.1f}", f"{count / value:.2f}", f"{taken['bare'] / value:.2f}"]
+        for label, value in (
+            ("bare encoder, fp32 nchw, pictures in memory", taken["bare"]),
+            ("vq-encode without its start", taken["command"] - taken["start"]),
+            ("vq-encode, the whole process", taken["command"]),
+        )
+    ]
+    rows.append(["start: python and imports", f"{taken['start']:.1f}", "", ""])
+    speed = Table(f"vq-encode, {count} pictures", ["", "seconds", "pictures/s", "of bare"], rows)
+    shares = [[f"{name} against fp32 nchw", f"{share:.4%}"] for name, share in result["equal_codes"].items()]
+    stored = ["rows of the store against the bare encoder's", f"{result['rows_equal']:.2%}"]
+    return [speed, Table("equal codes", ["", "equal"], [stored, *shares])]
 
 
 # --- all of it ------------------------------------------------------------------------------------------------
@@ -351,17 +350,6 @@ def told(what: str, predicted: float, found: float) -> str:
     return f"{what}: predicted at least {predicted:.0%}, measured {found:.0%}: {holds}"
 
 
-def machine(threads: int) -> dict[str, Any]:
-    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
-    return {
-        "system": platform.system(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "load": load,
-        "torch": torch.__version__,
-    }
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="Tokenizer networks and vq-encode against their limits.")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds of the networks (default 7)")
@@ -371,32 +359,30 @@ def main() -> int:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--profile", action="store_true", help="also print where the encoder's time goes")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    default = Path(__file__).parent / "results" / "tokenizer.json"
-    parser.add_argument(
-        "--out", type=Path, nargs="?", const=default, help="also write JSON (default name: results/)"
-    )
+    record.add_out(parser, __file__)
     asked = parser.parse_args()
     if min(asked.rounds, asked.command_rounds, asked.threads) < 1:
         parser.error("--rounds, --command-rounds and --threads: at least 1")
     torch.set_num_threads(asked.threads)
     torch.set_grad_enabled(False)
-    about = machine(asked.threads)
-    print("  ".join(f"{key} {value}" for key, value in about.items()), flush=True)
-    times, result = None, None
+    about = record.machine(asked.threads)
+    print(record.told(about), flush=True)
+    times, result, tables = None, None, []
     if not asked.no_networks:
-        found = contestants(not asked.no_compile)
-        times = measure(found, asked.rounds)
-        print(f"\n{network_table(found, times)}", flush=True)
+        nets = contestants(not asked.no_compile)
+        times = measure(nets, asked.rounds)
+        tables.append(network_table(nets, times))
+        print(f"\n{tables[0]}", flush=True)
         if asked.profile:
-            print(f"\n{profile(found)}", flush=True)
+            print(f"\n{profile(nets)}", flush=True)
     if asked.pictures:
         result = end_to_end(asked.pictures, asked.command_rounds, asked.threads)
-        print(f"\n{command_table(result)}", flush=True)
-    print("", *verdict(times, result), sep="\n", flush=True)
-    if asked.out:
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        written = {"machine": about, "networks": times, "command": result}
-        asked.out.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        encoded = command_tables(result)
+        tables += encoded
+        print("", *encoded, sep="\n\n", flush=True)
+    found = list(verdict(times, result))
+    print("", *found, sep="\n", flush=True)
+    record.keep(asked.out, __doc__, about, "; ".join(found), tables)
     return 0 if result is None or result["rows_equal"] == 1 else 1
 
 

@@ -26,16 +26,16 @@ Legend: B rows, T positions, V ids.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import lightning as L
+import record
 import torch
+from record import Table
 from torch.utils.data import DataLoader
 
 from lm.heads.linear import LinearHead
@@ -226,8 +226,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "useful": median(found) / tokens * useful / limit,
         }
     weights = sum(p.numel() for p in models[OURS].parameters())
-    about = {"weights": weights, "tokens": tokens, "peak_flops": limit, "hardware": str(hardware)}
-    return {**vars(arguments), "out": None, **about, "torch": torch.__version__, "contestants": rows}
+    title = f"{weights / 1e6:.0f} M weights, {tokens} tokens a step, {hardware}, bf16 matmul {limit / 1e9:.0f} GFLOP/s"
+    return {"title": title, "contestants": rows}
 
 
 def peak(hardware: Hardware) -> float:
@@ -236,20 +236,24 @@ def peak(hardware: Hardware) -> float:
     return 2 * 2048**3 / _matmul_seconds(torch.bfloat16, 2048)
 
 
-def report(result: dict[str, Any]) -> None:
-    print(f"{result['weights'] / 1e6:.0f} M weights, {result['tokens']} tokens a step, {result['hardware']}")
-    print(f"bf16 matmul peak {result['peak_flops'] / 1e9:.0f} GFLOP/s")
-    print(f"{'':26}{'tokens/s':>10}{'x transformers':>24}{'MFU':>7}{'useful':>8}")
+def table(result: dict[str, Any]) -> Table:
+    rows = []
     for name, row in result["contestants"].items():
         low, high = row["times_usual_range"]
-        ratio = f"{row['times_usual']:.2f} [{low:.2f}, {high:.2f}]"
-        print(f"{name:26}{row['tokens_per_second']:>10.0f}{ratio:>24}{row['mfu']:>7.2f}{row['useful']:>8.2f}")
+        ratio = [f"{row['times_usual']:.2f}", f"{low:.2f}-{high:.2f}"]
+        rows.append(
+            [name, f"{row['tokens_per_second']:.0f}", *ratio, f"{row['mfu']:.2f}", f"{row['useful']:.2f}"]
+        )
+    return Table(result["title"], ["", "tokens/s", "x transformers", "range", "MFU", "useful"], rows)
+
+
+def verdict(result: dict[str, Any]) -> str:
     mine = result["contestants"][OURS]
-    for what, found, predicted in (
-        ("x transformers", mine["times_usual"], PREDICTED_RATIO),
-        ("MFU", mine["mfu"], PREDICTED_MFU),
-    ):
-        print(f"predicted {what} >= {predicted}: {found:.2f} ({'holds' if found >= predicted else 'MISSED'})")
+    bars = {"times_usual": ("x transformers", PREDICTED_RATIO), "mfu": ("MFU", PREDICTED_MFU)}
+    return "; ".join(
+        f"{what} {mine[key]:.2f} (predicted {bar}: {'holds' if mine[key] >= bar else 'MISSED'})"
+        for key, (what, bar) in bars.items()
+    )
 
 
 def main() -> None:
@@ -266,15 +270,17 @@ def main() -> None:
     ):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--out", nargs="?", const="benchmarks/results/train_lm.json")
+    record.add_out(parser, __file__)
     arguments = parser.parse_args()
     if arguments.steps < 2 or arguments.rounds < 1:
         parser.error("--steps must be at least 2 (the first is not timed) and --rounds at least 1")
+    device = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
+    about = record.machine(torch.get_num_threads(), "lightning", "transformers", device=device)
+    print(record.told(about), flush=True)
     result = measure(arguments)
-    report(result)
-    if arguments.out:
-        Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    made, found = table(result), verdict(result)
+    print(f"\n{made}\n\n{found}")
+    record.keep(arguments.out, __doc__, about, found, [made])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Command `lm-evaluate`: how well a bundle reads and draws the pictures of a store, and what it kept of plain text.
 
     lm-evaluate model=runs/lm/model store=runs/store
+    lm-evaluate model=runs/lm/model store=runs/store guidance=3 parallel=0
+    lm-evaluate model=runs/lm/model store=runs/store images=openmoji          drawings against the pictures themselves
     lm-evaluate model=runs/lm/model store=runs/store texts=wordnet base=DIR
 
 Leaves metrics.json and samples.png in `out`. `lm-train` ends with the same functions.
@@ -22,6 +24,7 @@ from vqlm.files import write_json
 if TYPE_CHECKING:
     from torch import nn
 
+    import lm.metrics
     import lm.texts
     import vqlm.hardware
     from lm.data import Pairs
@@ -36,12 +39,18 @@ NAMES = {"train": "train", "heldout": "heldout", STYLES: "held-out style"}
 def evaluate(
     model: str,
     store: str,
+    images: lm.metrics.ImageData | None,
     texts: lm.texts.Texts,
     base: str | None,
     guidance: float | None,
     temperature: float | None,
     top_k: int | None,
     top_p: float | None,
+    min_p: float | None,
+    deeper: float | None,
+    parallel: float | None,
+    norm: float | None,
+    ramp: float | None,
     train_captions: int,
     heldout_captions: int,
     heldout_texts: int,
@@ -52,6 +61,7 @@ def evaluate(
 ) -> None:
     """Measure a saved bundle on the store of its tokenizer, and on texts that it was not trained on."""
     from lm import metrics
+    from lm.decoding import Sampling
     from lm.pipeline import Pipeline
 
     if train_captions < 0 or heldout_captions < 0:
@@ -60,11 +70,20 @@ def evaluate(
         )
     if heldout_texts < 1 or context < 2:
         raise ConfigError(f"heldout_texts={heldout_texts}: at least 1; context={context}: at least 2")
-    pipeline = Pipeline.from_pretrained(model, device)
+    sampling: dict[str, Any] = {
+        "guidance": guidance,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+    }
+    sampling |= {"min_p": min_p, "deeper": deeper, "parallel": parallel, "norm": norm, "ramp": ramp}
+    given = {name: value for name, value in sampling.items() if value is not None}
     try:
-        pipeline.sampling = pipeline.sampling_with(guidance, temperature, top_k, top_p)
+        Sampling(**given)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    pipeline = Pipeline.from_pretrained(model, device)
+    pipeline.sampling = replace(pipeline.sampling, **given)
     heldout = texts.heldout()
     if base is not None and not heldout:
         raise ConfigError(f"base={base}: nothing to compare it on; choose texts too, such as texts=wordnet")
@@ -72,7 +91,7 @@ def evaluate(
     if heldout:
         chosen = [heldout[i] for i in metrics.spread(len(heldout), heldout_texts)]
         extra["text"] = kept(pipeline, chosen, base, Path(model).parent / "metrics.json", context)
-    report(pipeline, store, Path(out), train_captions, heldout_captions, seed, extra)
+    report(pipeline, store, Path(out), train_captions, heldout_captions, seed, extra, images)
 
 
 # --- plain text ---------------------------------------------------------------------------------------------------
@@ -141,19 +160,22 @@ def report(
     heldout_captions: int,
     seed: int,
     extra: dict[str, Any] | None = None,
+    images: lm.metrics.ImageData | None = None,
 ) -> dict[str, Any]:
     """Measure; write metrics.json and samples.png; print a table. Returns the metrics.
 
     Drawn pictures are compared with the whole set as the image tokenizer reconstructs it: a store holds no pixels. Of a
-    store that is read in parts a sample of each split stands for it.
+    store that is read in parts a sample of each split stands for it. images: the pictures that the store was made of;
+    drawings, and reconstructions, are then compared with those too. ConfigError where they are others.
     """
     from lm import metrics
     from lm.data import open_store, read_pairs
-    from lm.metrics import Gallery
+    from lm.metrics import Gallery, Originals
     from lm.pipeline import sheet
 
     store = open_store(store_folder, pipeline.model.form)
     store.check(pipeline.images)
+    originals = None if images is None else Originals(images, store)
     result: dict[str, Any] = dict(extra or {})
     result["sampling"] = asdict(pipeline.sampling) | {"seed": seed}
     result["compared"] = "squared pixel distance to the set's reconstructions"
@@ -164,11 +186,12 @@ def report(
     if not store.in_memory:
         result["compared"] += f", a sample of {len(train) + len(heldout):,} of {len(store):,} pictures"
     parts = in_parts(train, heldout, store.known_concepts("train", set(heldout.concepts)))
-    gallery = Gallery.of(pipeline, list(parts.values()))
+    counts = {name: train_captions if name == "train" else heldout_captions for name in parts}
+    gallery = Gallery.of(pipeline, list(parts.values()) if any(counts.values()) else [], originals)
     pictures, labels = [], []
     first: dict[Grid, int] = {}
     for name, pairs in parts.items():
-        count = train_captions if name == "train" else heldout_captions
+        count = counts[name]
         if len(pairs) and count:
             print(f"drawing {min(count, len(pairs))} captions: {NAMES[name]}", flush=True)
             drawing, drawn, chosen = metrics.drawing(pipeline, gallery, pairs, first, seed, count)
@@ -243,7 +266,19 @@ def table(result: dict[str, Any]) -> str:
         cells += [f"{m['image_bits']:.3f}", f"{m['text_bits']:.3f}", f"{m['captioning']['word_f1']:.2f}"]
         lines.append(f"{name:14}" + "".join(f"{c:>18}" for c in cells))
     lines.append("bits are per token, the other modality given")
-    return "\n".join([*lines, *([text_line(result["text"])] if "text" in result else [])])
+    lines += [real_line(NAMES[part], result[part]["drawing"]) for part in NAMES if part in result]
+    return "\n".join([*filter(None, lines), *([text_line(result["text"])] if "text" in result else [])])
+
+
+def real_line(name: str, drawing: dict[str, Any]) -> str:
+    """Distances to the pictures themselves, in one line; nothing where they were not at hand."""
+    real = drawing.get("real", {})
+    if real.get("fwd") is None:
+        return ""
+    return (
+        f"{name}: FWD of {real['fwd_pictures']} drawings to {real['fwd_set']:,} real pictures {real['fwd']:.3f}, of "
+        f"their reconstructions {real['floor']['fwd']:.3f} (the image tokenizer's floor)"
+    )
 
 
 def text_line(text: dict[str, Any]) -> str:

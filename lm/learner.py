@@ -33,7 +33,7 @@ class LMLearner(Learner):
 
     Weight decay spares vectors and what `lm.tune.undecayed` names; frozen parameters are in no group. Every step is
     logged with the norms of its gradients before clipping: text_rows and image_rows (of embedding and output, a bias
-    included), trunk, head.
+    included), trunk, head. `drift` says how the logits of each modality have grown.
     """
 
     model: MultimodalLM
@@ -51,6 +51,8 @@ class LMLearner(Learner):
     ):
         super().__init__(model, optimizer, budget, clip, max_bad_batches, average)
         self.objective, self.recompute = objective, recompute
+        self.drift = Drift()
+        self._found: dict[str, float] = {}
         self.work_has_flops = True
 
     def units(self, model: Any) -> Iterable[nn.Module]:
@@ -71,10 +73,21 @@ class LMLearner(Learner):
         ]
 
     def losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
-        if not self.recompute:
-            return self.objective.losses(self.model, batch)
-        with recomputed(decoder_layers(self.model.lm.base_model)):
-            return self.objective.losses(self.model, batch)
+        layers = decoder_layers(self.model.lm.base_model) if self.recompute else nn.ModuleList()
+        with recomputed(layers):
+            found = self.objective.losses(self.model, batch)
+        self._found = found[1]
+        return found
+
+    def after_step(self) -> dict[str, float]:
+        self.drift.add(self._found, self.progress)
+        return {}
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return self.drift.seen
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        self.drift.seen = {**self.drift.seen, **state}
 
     def gradients(self) -> dict[str, float]:
         if self.sharded and self.model.held_rows:  # hooks that hold them went with the whole parameters
@@ -99,6 +112,47 @@ class LMLearner(Learner):
             "image_tokens": float(pictures),
             "flops": model_flops(self.model, self.objective, batch),
         }
+
+
+# --- logits that grow -----------------------------------------------------------------------------------------------
+
+LATE = 0.9  # of a run: what comes after is its end
+
+
+class Drift:
+    """How log_z of each modality (`Weights.weigh`) went over a run, in a few numbers that a checkpoint keeps.
+
+    The scales of two modalities that share a softmax grow against each other until training diverges; Chameleon
+    (arXiv 2405.09818, §2.3) saw it in the norms of its outputs long before it showed in the loss.
+    """
+
+    def __init__(self) -> None:
+        # by modality: log_z of the first step, the largest so far, the latest; sum and number of the run's last tenth
+        self.seen = {f"drift_{name}": torch.zeros(5, dtype=torch.float64) for name in ("text", "image")}
+
+    def add(self, logs: dict[str, float], progress: float) -> None:
+        """logs: of a step. progress: share of the run done before it."""
+        for name, kept in self.seen.items():
+            log_z = logs.get(f"{name.removeprefix('drift_')}_log_z")
+            if log_z is None:
+                continue
+            first, largest, _, total, count = kept.tolist()
+            late = progress >= LATE
+            new = [first or log_z, max(largest, log_z), log_z, total + late * log_z, count + late]
+            self.seen[name] = torch.tensor(new, dtype=torch.float64)
+
+    def report(self) -> dict[str, dict[str, float]]:
+        """By modality that was seen: log_z, the mean of the run's last tenth; log_z_largest; log_z_growth, from the
+        first step to the largest."""
+        found = {}
+        for name, kept in self.seen.items():
+            first, largest, latest, total, count = kept.tolist()
+            if latest:
+                # of a run so short that no step lies in its last tenth, the last one
+                last = total / count if count else latest
+                numbers = {"log_z": last, "log_z_largest": largest, "log_z_growth": largest - first}
+                found[name.removeprefix("drift_")] = numbers
+        return found
 
 
 # --- layers that run again ------------------------------------------------------------------------------------------

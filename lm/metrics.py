@@ -1,5 +1,8 @@
 """How well a multimodal model reads and draws, and what it kept: losses per modality, caption fidelity, plain text.
 
+Drawings are looked for in the whole set as the image tokenizer rebuilds it, and compared with it as a set; where the
+pictures themselves are at hand (`Originals`), with those too, and then with how near the tokenizer comes to them.
+
 Legend: M drawn pictures, N pictures of the whole set, C H W pixels; B rows, T positions, V ids of the base model.
 """
 
@@ -7,8 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,9 +28,17 @@ from lm.packing import pack
 from lm.pipeline import Pipeline
 from lm.sequence import NONE, Grid
 from lm.vocab import BOS, EOS, PAD
+from vq.data import THREADS, ImageData
+from vq.images import Reject, from_bytes
+from vq.metrics import FrechetWavelet, psnr
+from vq.store import CodeStore
+from vqlm.errors import ConfigError
 from vqlm.evaluation import undisturbed
 
 NEAREST = 10
+# Share of first codes, at least, that pictures give again if they are the ones that were encoded.
+AGREEING = 0.8
+LUMINANCE = torch.tensor([0.299, 0.587, 0.114])[:, None, None]  # ITU-R BT.601
 POSITIONS = 1024  # that one forward pass of plain text scores: their logits over all ids must fit into memory
 
 
@@ -51,17 +65,76 @@ def losses(model: MultimodalLM, pairs: Pairs, limit: int = 512, documents: int =
     return result
 
 
+class Originals:
+    """The pictures that a store was made of, found again in their source by their ids.
+
+    images: of it the source counts; shapes are those of the store, whatever it says. ConfigError as `candidates`.
+    """
+
+    def __init__(self, images: ImageData, store: CodeStore):
+        told = store.manifest["job"]["source"]  # of a store that vq-encode did not write, anything
+        images.size, images.multiple = told.get("size", store.image_size), store.downsample
+        images.aspects, images.fit = told.get("aspects", images.aspects), told.get("fit", images.fit)
+        self.images, self.name = images, images.source.name
+        self.pictures = {each.id: each for part in images.candidates() for each in part}
+
+    def read(self, pipeline: Pipeline, pairs: Pairs, own: list[int]) -> Tensor:
+        """The pictures of some pairs of one grid, uint8 (N,3,H,W).
+
+        ConfigError where one is not there or cannot be read, and where the codes say that they are others.
+        """
+        ids = [pairs.ids[i] for i in own]
+        if missing := [each for each in ids if each not in self.pictures]:
+            raise ConfigError(self._refusal(f"lacks {len(missing):,} pictures of it, such as {missing[0]!r}"))
+        with ThreadPoolExecutor(THREADS) as threads:
+            read = list(threads.map(lambda each: self.images.decode(self.pictures[each]), ids))
+        shape = torch.Size([3, *(side * self.images.multiple for side in pairs.grids[own[0]])])
+        found = [each for each in read if not isinstance(each, Reject) and each.shape == shape]
+        if unlike := len(read) - len(found):
+            raise ConfigError(
+                self._refusal(f"has {unlike:,} of its pictures in another shape, or they cannot be read")
+            )
+        x_NCHW = torch.stack(found)
+        self._check(pipeline, pairs, own, x_NCHW)
+        return x_NCHW
+
+    def _check(self, pipeline: Pipeline, pairs: Pairs, own: list[int], x_NCHW: Tensor) -> None:
+        """By the first codes of some: ids alone may be those of any pictures, such as 0, 1, 2."""
+        some = spread(len(own), 16)
+        stored = torch.stack([pairs.codes[own[n]][..., 0].long() for n in some])
+        x_BCHW = from_bytes(x_NCHW[some]).to(pipeline.device)
+        agreeing = float((pipeline.images.encode(x_BCHW)[..., 0].cpu() == stored).double().mean())
+        if agreeing < AGREEING:
+            raise ConfigError(
+                self._refusal(f"has other pictures under its ids: {agreeing:.0%} of the codes agree")
+            )
+
+    def _refusal(self, what: str) -> str:
+        return f"images={self.name} {what}; give those that the store was made from, or images=null"
+
+
 @dataclass
 class Gallery:
-    """A whole set as the image tokenizer rebuilds it: pixels (N,3,H,W) and concepts of the pictures of each grid."""
+    """A whole set as the image tokenizer rebuilds it: pixels (N,3,H,W) and concepts of the pictures of each grid.
+
+    real: the pictures themselves, uint8 (N,3,H,W), where they are at hand.
+    """
 
     pixels: dict[Grid, Tensor]
     concepts: dict[Grid, list[str]]
+    real: dict[Grid, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, pipeline: Pipeline, parts: Sequence[Pairs], at_once: int = 256) -> Gallery:
-        """The pictures of all parts, in their order within each grid."""
+    def of(
+        cls,
+        pipeline: Pipeline,
+        parts: Sequence[Pairs],
+        originals: Originals | None = None,
+        at_once: int = 256,
+    ) -> Gallery:
+        """The pictures of all parts, in their order within each grid. ConfigError as `Originals.read`."""
         pixels: dict[Grid, list[Tensor]] = {}
+        real: dict[Grid, list[Tensor]] = {}
         concepts: dict[Grid, list[str]] = {}
         for pairs in parts:
             for grid, own in by_grid(pairs).items():
@@ -69,7 +142,20 @@ class Gallery:
                     images = [pairs.image(i) for i in own[start : start + at_once]]
                     pixels.setdefault(grid, []).append(pipeline.decode(images))
                 concepts.setdefault(grid, []).extend(pairs.concepts[i] for i in own)
-        return cls({grid: torch.cat(parts) for grid, parts in pixels.items()}, concepts)
+                if originals is not None:
+                    real.setdefault(grid, []).append(originals.read(pipeline, pairs, own))
+        joined, kept = ({grid: torch.cat(x) for grid, x in each.items()} for each in (pixels, real))
+        return cls(joined, concepts, kept)
+
+    @cached_property
+    def rebuilt_sets(self) -> dict[Grid, FrechetWavelet]:
+        """The pictures of each grid as FWD sees them."""
+        return {grid: wavelets(x_NCHW) for grid, x_NCHW in self.pixels.items() if measurable(x_NCHW)}
+
+    @cached_property
+    def real_sets(self) -> dict[Grid, FrechetWavelet]:
+        """As `rebuilt_sets`, of the pictures themselves."""
+        return {grid: wavelets(x_NCHW) for grid, x_NCHW in self.real.items() if measurable(x_NCHW)}
 
 
 def by_grid(pairs: Pairs) -> dict[Grid, list[int]]:
@@ -80,44 +166,168 @@ def by_grid(pairs: Pairs) -> dict[Grid, list[int]]:
     return found
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Captions drawn, each in its picture's grid.
+
+    pairs: which ones, of each grid. pixels: (M,3,H,W) for them. distinct: different drawings (by their codes) ÷
+    drawings. seconds: until all had been drawn and decoded.
+    """
+
+    pairs: dict[Grid, list[int]]
+    pixels: dict[Grid, Tensor]
+    distinct: float
+    seconds: float
+
+
+def draw(pipeline: Pipeline, pairs: Pairs, chosen: Sequence[int], seed: int) -> Drawn:
+    """Draw the captions of some pairs, all of a grid together."""
+    wanted, pixels, different = {}, {}, set()
+    began = time.perf_counter()
+    for grid in by_grid(pairs):
+        if not (here := [i for i in chosen if pairs.grids[i] == grid]):
+            continue
+        size = (grid[0] * pipeline.images.downsample, grid[1] * pipeline.images.downsample)
+        images = pipeline.draw_codes([pairs.texts[i] for i in here], 1, pipeline.sampling, seed, size)
+        wanted[grid], pixels[grid] = here, pipeline.decode(images)
+        different |= {(grid, tuple(each.codes_hwQ.flatten().tolist())) for each in images}
+    seconds = time.perf_counter() - began
+    return Drawn(wanted, pixels, len(different) / max(len(chosen), 1), seconds)
+
+
 def drawing(
     pipeline: Pipeline, gallery: Gallery, pairs: Pairs, first: dict[Grid, int], seed: int, count: int
 ) -> tuple[dict[str, Any], list[Tensor], list[int]]:
-    """Draw `count` captions, each in its picture's grid, and look for their pictures in the whole set of that grid.
+    """Draw `count` captions, each in its picture's grid; look for their pictures in the whole set of that grid, and
+    compare what was drawn with that set.
 
     first: where the pairs of each grid begin in the gallery.
-    Returns metrics, the drawn pixels (3,H,W) and which pairs were drawn.
+    Returns metrics, the drawn pixels (3,H,W) and which pairs were drawn. seconds_a_picture: wall time of drawing and
+    decoding all of them together, ÷ count. The others: `likeness`, `colouring`, `wavelet_distance`, `against_real`.
     """
     chosen = spread(len(pairs), count)
-    drawn: dict[int, Tensor] = {}
-    rank, chances, followed, variants = [], [], [], []
-    for grid, own in by_grid(pairs).items():
-        here = [i for i in chosen if pairs.grids[i] == grid]
-        if not here:
-            continue
-        places = {pair: first.get(grid, 0) + number for number, pair in enumerate(own)}
-        size = (grid[0] * pipeline.images.downsample, grid[1] * pipeline.images.downsample)
-        x_MCHW = pipeline.decode(
-            pipeline.draw_codes([pairs.texts[i] for i in here], 1, pipeline.sampling, seed, size)
-        )
-        drawn |= dict(zip(here, x_MCHW, strict=True))
-        targets, whole = [places[i] for i in here], gallery.pixels[grid]
-        rank += ranks(x_MCHW, whole, targets).tolist()
-        chances += [min(1.0, NEAREST / len(whole))] * len(here)
-        more, chance = variants_followed(x_MCHW, whole, targets, gallery.concepts[grid])
-        followed, variants = followed + more, variants + chance
+    drawn = draw(pipeline, pairs, chosen, seed)
+    places = {pair: n for own in by_grid(pairs).values() for n, pair in enumerate(own)}
+    targets = {grid: [first.get(grid, 0) + places[pair] for pair in own] for grid, own in drawn.pairs.items()}
     result = {
         "captions": len(chosen),
-        "among_ten_nearest": sum(r < NEAREST for r in rank) / len(chosen),
-        "nearest": sum(r == 0 for r in rank) / len(chosen),
-        "chance": sum(chances) / len(chosen),
+        **likeness(drawn.pixels, gallery, targets),
+        **colouring(drawn.pixels, gallery, targets),
+        **wavelet_distance(drawn.pixels, gallery.rebuilt_sets),
+        "distinct": drawn.distinct,
+        "seconds_a_picture": drawn.seconds / len(chosen),
+    }
+    if gallery.real:
+        result["real"] = against_real(drawn.pixels, gallery, targets)
+    shown = {
+        pair: x_CHW
+        for grid, own in drawn.pairs.items()
+        for pair, x_CHW in zip(own, drawn.pixels[grid], strict=True)
+    }
+    return result, [shown[pair] for pair in chosen], chosen
+
+
+def likeness(drawn: dict[Grid, Tensor], gallery: Gallery, targets: dict[Grid, list[int]]) -> dict[str, float]:
+    """Is the captioned picture the one of the whole set that is nearest to the drawing, or among the ten nearest?
+
+    variant_followed: where its concept has several pictures, see `variants_followed`.
+    """
+    rank, chances, followed, variants = [], [], [], []
+    for grid, x_MCHW in drawn.items():
+        whole = gallery.pixels[grid]
+        rank += ranks(x_MCHW, whole, targets[grid]).tolist()
+        chances += [min(1.0, NEAREST / len(whole))] * len(x_MCHW)
+        more, chance = variants_followed(x_MCHW, whole, targets[grid], gallery.concepts[grid])
+        followed, variants = followed + more, variants + chance
+    result = {
+        "among_ten_nearest": sum(r < NEAREST for r in rank) / len(rank),
+        "nearest": sum(r == 0 for r in rank) / len(rank),
+        "chance": sum(chances) / len(chances),
         "median_rank": float(torch.tensor(rank).double().median()) + 1,
     }
     if followed:
         result["variants"] = len(followed)
         result["variant_followed"] = sum(followed) / len(followed)
         result["variant_chance"] = sum(variants) / len(variants)
-    return result, [drawn[i] for i in chosen], chosen
+    return result
+
+
+def colouring(
+    drawn: dict[Grid, Tensor], gallery: Gallery, targets: dict[Grid, list[int]]
+) -> dict[str, float | None]:
+    """Contrast and saturation of drawings ÷ those of the captioned pictures, as the tokenizer rebuilds them.
+
+    Above 1: more than the set has. None where the set has none.
+    """
+    own = {grid: gallery.pixels[grid][places] for grid, places in targets.items()}
+    result: dict[str, float | None] = {}
+    for name, measure_of in (("contrast", contrast), ("saturation", saturation)):
+        here, there = (
+            float(torch.cat([measure_of(x) for x in each.values()]).mean()) for each in (drawn, own)
+        )
+        result[name] = here / there if there > 0 else None
+    return result
+
+
+def contrast(x_NCHW: Tensor) -> Tensor:
+    """Pixels in [-1,1] → (N): standard deviation of luminance (black 0, white 1) inside each picture."""
+    return ((x_NCHW + 1) / 2 * LUMINANCE).sum(1).flatten(1).std(1)
+
+
+def saturation(x_NCHW: Tensor) -> Tensor:
+    """Pixels in [-1,1] → (N): mean over each picture's pixels of largest less least of red, green and blue, 0 to 1."""
+    return (x_NCHW.amax(1) - x_NCHW.amin(1)).flatten(1).mean(1) / 2
+
+
+def measurable(x_NCHW: Tensor) -> bool:
+    """Whether FWD is defined for these pictures: two of them, even sides."""
+    return len(x_NCHW) > 1 and not any(side % 2 for side in x_NCHW.shape[2:])
+
+
+def wavelets(x_NCHW: Tensor) -> FrechetWavelet:
+    """Pictures, float in [-1,1] or uint8, as FWD sees them."""
+    found = FrechetWavelet()
+    for part in x_NCHW.split(256):
+        found.update(part if part.is_floating_point() else from_bytes(part))
+    return found
+
+
+def wavelet_distance(drawn: dict[Grid, Tensor], sets: dict[Grid, FrechetWavelet]) -> dict[str, Any]:
+    """fwd: Fréchet Wavelet Distance (`vq.metrics.FrechetWavelet`) of the drawings to a whole set, 0 for the set itself.
+
+    It is biased upwards, the more the fewer drawings there are: of 64 or 128 by much. Only values of as many drawings
+    (fwd_pictures) and the same set (fwd_set pictures) compare. Of several shapes the one with most drawings counts.
+    fwd is None, and there is nothing else, where no shape has two drawings and even sides.
+    """
+    fitting = [grid for grid in drawn if grid in sets and measurable(drawn[grid])]
+    if not fitting:
+        return {"fwd": None}
+    grid = max(fitting, key=lambda each: len(drawn[each]))
+    found, whole = wavelets(drawn[grid]), sets[grid]
+    counts = {"fwd_level": whole.level, "fwd_pictures": found.count, "fwd_set": whole.count}
+    return {"fwd": found.distance(whole), **counts, "fwd_shape": list(drawn[grid].shape[2:])}
+
+
+def against_real(
+    drawn: dict[Grid, Tensor], gallery: Gallery, targets: dict[Grid, list[int]]
+) -> dict[str, Any]:
+    """FWD and PSNR (dB) of the drawings to the pictures themselves; `floor`: of the captioned ones' reconstructions.
+
+    The floor is where a language model would stand that knew every code: what lies between (above_floor, of FWD) is the
+    model's, what lies below is the image tokenizer's. FWD is to the whole set and biased alike for both
+    (`wavelet_distance`); PSNR is to the captioned pictures, None where one came back exactly.
+    """
+    rebuilt = {grid: gallery.pixels[grid][places] for grid, places in targets.items()}
+    own = {grid: from_bytes(gallery.real[grid][places]) for grid, places in targets.items()}
+
+    def near(x: dict[Grid, Tensor]) -> dict[str, Any]:
+        total = sum(psnr(x[grid], own[grid]) * len(own[grid]) for grid in own)
+        mean = total / sum(map(len, own.values()))
+        return {**wavelet_distance(x, gallery.real_sets), "psnr": mean if math.isfinite(mean) else None}
+
+    found, floor = near(drawn), near(rebuilt)
+    above = None if found["fwd"] is None else found["fwd"] - floor["fwd"]
+    return {**found, "above_floor": above, "floor": floor}
 
 
 def ranks(drawn: Tensor, gallery: Tensor, targets: list[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Frozen feature networks whose weights ship in Python packages: nothing is downloaded at run time.
+"""Frozen feature networks whose weights ship in Python packages, or are drawn: nothing is downloaded at run time.
 
 EfficientNet-Lite0 (Tan & Le 2019, arXiv 1905.11946; the Lite variants drop squeeze-and-excitation, clip with ReLU6
 and keep stem and head unscaled), trained on ImageNet. It is written out here because it is small; its weights come
@@ -144,6 +144,21 @@ def load_features(name: str = EfficientNetLite0.name) -> EfficientNetLite0:
     stored: dict[str, Any] = torch.load(_weights_file(), map_location="cpu", weights_only=True)
     # The package's authors name each part with a leading underscore: "_blocks.0._bn1.weight".
     net.load_state_dict({key.replace("._", ".").removeprefix("_"): value for key, value in stored.items()})
+    return net
+
+
+def random_features(seed: int) -> EfficientNetLite0:
+    """The same network before any training: He's initialization (arXiv 1502.01852) in each convolution.
+
+    Its features know no training set, so they show what of a distance comes from training and what from the shape of
+    the network. Such embeddings are a known baseline (Naeem et al., arXiv 2002.09797).
+    """
+    net = EfficientNetLite0()
+    net.name = "random"
+    random = torch.Generator().manual_seed(seed)
+    for part in net.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.kaiming_normal_(part.weight, generator=random)
     return net
 
 

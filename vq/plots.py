@@ -41,3 +41,30 @@ def plot_code_use(counts: dict[str, Tensor], path: Path) -> None:
     with new_file(path) as part:
         figure.savefig(part, format="png", dpi=110)
     plt.close(figure)
+
+
+def plot_roc(scores: dict[str, dict[str, tuple[list[float], list[float]]]], path: Path) -> None:
+    """Shares of sets called made, of the made ones over the real ones, as the bar is lowered: a panel for each title.
+
+    scores: title → metric → scores of real and of made sets, the larger the likelier made.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, grid = plt.subplots(1, len(scores), figsize=(4 * len(scores), 4), squeeze=False)
+    for axes, (title, of_metrics) in zip(grid[0], scores.items(), strict=True):
+        for name, (real, made) in of_metrics.items():
+            bars = [math.inf, *sorted({*real, *made}, reverse=True)]
+            points = [
+                [sum(each >= bar for each in kind) / len(kind) for kind in (real, made)] for bar in bars
+            ]
+            axes.plot(*zip(*points, strict=True), label=name)
+        axes.plot([0, 1], [0, 1], ":", color="grey", linewidth=1)
+        axes.set(title=title, xlabel="real sets called made", ylabel="made sets called made", aspect="equal")
+    grid[0][0].legend(fontsize=7, loc="lower right")
+    figure.tight_layout()
+    with new_file(path) as part:
+        figure.savefig(part, format="png", dpi=110)
+    plt.close(figure)

@@ -11,11 +11,8 @@ file like those of conf/experiment/claims, in DIR/experiment/claims, and --confi
 
 from __future__ import annotations
 
-import os
-import platform
 from dataclasses import asdict
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +20,7 @@ from vqlm.command import command, compose
 from vqlm.errors import ConfigError, nearest
 from vqlm.experiment import Experiment
 from vqlm.files import write_json
+from vqlm.machine import machine
 from vqlm.processes import COMMANDS
 from vqlm.verdict import Comparison, overall
 
@@ -56,6 +54,7 @@ def claim(
     experiment = Experiment(steps, cells, figures, pictures, sizes.get(chosen, {}))
     comparisons = [comparison(told, f"holds.{n}", experiment) for n, told in enumerate(holds)]
     folder, kept = Path(out), Path(runs)
+    check_seeds(experiment, seeds)
     check_words(experiment, seeds, kept)
     told = {"name": name, "claim": claim, "source": source, "predicted": predicted}
     told |= {"command": f"vqlm-claim experiment/claims={name}", "size": chosen}
@@ -66,7 +65,7 @@ def claim(
         judged = [{**asdict(each), **judge(each, found)} for each in comparisons]
         result = {**told, "seeds": whole, "figures": found, "comparisons": judged}
         result["verdict"] = overall([each["verdict"] for each in judged])
-        write_json(folder / "claim.json", {**result, **surroundings()})
+        write_json(folder / "claim.json", {**result, "machine": surroundings()})
         print(table(result), flush=True)
 
     minutes = experiment.make(kept, seeds, conclude)
@@ -99,6 +98,16 @@ def comparison(told: dict[str, Any], key: str, experiment: Experiment) -> Compar
     return made
 
 
+def check_seeds(experiment: Experiment, seeds: list[int]) -> None:
+    """ConfigError where seeds would be counted that change nothing: equal numbers look like certainty."""
+    for cell in experiment.cells:
+        digests = [{each.digest for each in experiment.runs_of(cell, seed).values()} for seed in seeds[:2]]
+        if len(digests) > 1 and digests[0] == digests[1]:
+            raise ConfigError(
+                f"cell {cell}: no step of it has {{seed}} among its words, so all seeds are one; or: seeds=[0]"
+            )
+
+
 def check_words(experiment: Experiment, seeds: list[int], runs: Path) -> None:
     """ConfigError before anything is run, where the words of a step do not fit its command."""
     for _, cell, each in experiment.all_runs(seeds[:1]):
@@ -115,19 +124,11 @@ def judge(each: Comparison, figures: dict[str, dict[str, list[float]]]) -> dict[
 
 
 def surroundings() -> dict[str, Any]:
+    """The machine, as it is now: of runs that were made before, the last one's."""
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    machine = {
-        "system": platform.system(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": device,
-    }
-    return {
-        "machine": machine,
-        "versions": {name: version(name) for name in ("torch", "transformers", "vqlm")},
-    }
+    return machine(torch.get_num_threads(), "transformers", "vqlm", device=device)
 
 
 def finish(experiment: Experiment, runs: Path, seeds: list[int], folder: Path, minutes: float) -> None:

@@ -150,14 +150,14 @@ class Experiment:
                         seen.add(each.digest)
                         yield seed, cell, each
 
-    def make(self, runs: Path, seeds: Sequence[int], after: Callable[[Sequence[int]], Any]) -> float:
+    def make(self, runs: Path, seeds: Sequence[int], after: Callable[[list[int]], Any]) -> float:
         """Make all runs; `after` is called with the seeds that are whole, whenever one is. Returns minutes in all."""
         every = list(self.all_runs(seeds))
         minutes = 0.0
         for number, (seed, cell, each) in enumerate(every, 1):
             minutes += each.make(runs, f"[{number}/{len(every)}] {each.step} of {cell!r}, seed {seed}")
             if number == len(every) or every[number][0] != seed:
-                after([s for s in seeds if s <= seed or s == seed][: list(seeds).index(seed) + 1])
+                after(list(seeds[: list(seeds).index(seed) + 1]))
         return minutes
 
     def read(self, runs: Path, seeds: Sequence[int]) -> dict[str, dict[str, list[float]]]:

@@ -35,7 +35,7 @@ class FullVocabulary:
         return vocabulary.size, vocabulary.size
 
     def losses(self, model: MultimodalLM, batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Weighted losses by name; unweighted bits per token, and entropies of the predictions in bits."""
+        """Weighted losses by name; numbers per token of each modality, as `Weights.weigh` has them."""
         return self.weights.weigh(*self.measure(model, batch))
 
     def measure(self, model: MultimodalLM, batch: Batch) -> tuple[ModalityLoss, ModalityLoss]:

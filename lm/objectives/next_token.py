@@ -35,7 +35,7 @@ class NextToken:
         return vocabulary.image_offset, vocabulary.codebook_size
 
     def losses(self, model: MultimodalLM, batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Weighted losses by name; unweighted bits per token, and entropies of the predictions in bits."""
+        """Weighted losses by name; numbers per token of each modality, as `Weights.weigh` has them."""
         ids_BTW, next_BTW = batch.ids_BTW, batch.next_BTW
         if self.soft is not None:
             ids_BTW, next_BTW = self.soft.replace(model.form.vocabulary, ids_BTW, next_BTW)

@@ -139,7 +139,10 @@ class Weights:
             )
 
     def weigh(self, text: ModalityLoss, image: ModalityLoss) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Sums of this rank → weighted losses by name, and numbers of all ranks: bits and entropy per token.
+        """Sums of this rank → weighted losses by name, and numbers of all ranks: bits and entropy per token, log_z.
+
+        log_z: root mean square of log Z over the tokens, what the z-loss holds down. It is log V where V ids compete
+        and all logits are 0, and grows with them.
 
         Several ranks hold one batch together, and gradients are averaged over them. A mean is therefore the rank's own
         sum times the number of ranks, over the tokens of *all* ranks: the average is then the gradient of one process
@@ -152,16 +155,17 @@ class Weights:
         total = {name: getattr(self, name) * part.aim * share[name] for name, part in parts.items()}
         total["z"] = self.z * z
         logs = {}
-        for name, (count, nll, entropy) in whole.items():
+        for name, (count, nll, entropy, squares) in whole.items():
             if count:
                 logs[f"{name}_bits"] = float(nll / count) / math.log(2)
                 logs[f"{name}_entropy"] = float(entropy / count) / math.log(2)
+                logs[f"{name}_log_z"] = math.sqrt(float(squares / count))
         return {k: v for k, v in total.items() if getattr(self, k)}, logs
 
 
 def _over_ranks(part: ModalityLoss) -> Tensor:
-    """(count, Σ -log p, Σ entropy) of all ranks."""
-    own = [float(part.count), part.nll.detach(), part.entropy]
+    """(count, Σ -log p, Σ entropy, Σ (log Z)²) of all ranks."""
+    own = [float(part.count), part.nll.detach(), part.entropy, part.z.detach()]
     return sum_over_ranks(
         torch.stack([torch.as_tensor(v, device=part.nll.device).float() for v in own])
     ).cpu()

@@ -8,7 +8,7 @@ from on_ranks import make_documents
 from tiny import HEADS, make_model
 from torch.nn import functional as F
 
-from lm.learner import LMLearner, model_flops, norm, parts, recomputed
+from lm.learner import Drift, LMLearner, model_flops, norm, parts, recomputed
 from lm.model import decoder_layers
 from lm.objectives import scoring, soft_codes
 from lm.objectives.full_vocabulary import FullVocabulary
@@ -40,11 +40,14 @@ def made(head="linear", form="stacked"):
     return model, pack([model.form.lay(each) for each in documents], model.form, 64)
 
 
-def by_hand(model, batch, compete):
-    """[text, image] sums of -log p, position by position. compete(id) → the ids among which it has to be found."""
+def each_by_hand(model, batch, compete):
+    """(is it a picture's, logits of the ids among which it has to be found, which of them it is), label by label.
+
+    compete(id) → those ids.
+    """
     predicted = model.teach(batch.ids_BTW, batch.next_BTW, batch.mask, batch.positions_BT)
     weight = model.lm.get_output_embeddings().weight
-    offset, sums, n = model.form.vocabulary.image_offset, [torch.zeros((), dtype=torch.float64)] * 2, 0
+    offset, n = model.form.vocabulary.image_offset, 0
     for row_TC, next_TW in zip(predicted.hidden_BTC, batch.next_BTW, strict=True):
         for hidden_C, next_W in zip(row_TC, next_TW, strict=True):
             is_picture = any(i >= offset for i in next_W.tolist())
@@ -53,9 +56,15 @@ def by_hand(model, batch, compete):
                     continue
                 feature_C = predicted.features[column][n] if is_picture else hidden_C
                 ids = compete(token)
-                logits = feature_C @ weight[ids].T
-                sums[is_picture] = sums[is_picture] + F.cross_entropy(logits, torch.tensor(ids.index(token)))
+                yield is_picture, feature_C @ weight[ids].T, ids.index(token)
             n += is_picture
+
+
+def by_hand(model, batch, compete):
+    """[text, image] sums of -log p."""
+    sums = [torch.zeros((), dtype=torch.float64)] * 2
+    for is_picture, logits, index in each_by_hand(model, batch, compete):
+        sums[is_picture] = sums[is_picture] + F.cross_entropy(logits, torch.tensor(index))
     return sums
 
 
@@ -97,6 +106,21 @@ def test_the_full_vocabulary_is_cross_entropy_over_all_ids(form):
     torch.testing.assert_close(image.nll, expected[1], atol=1e-9, rtol=0)
     narrow = measure(model, batch)
     assert text.nll > narrow[0].nll and image.nll > narrow[1].nll
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("objective", [NextToken, FullVocabulary])
+def test_log_z_is_that_of_all_ids_that_compete(objective, form):
+    model, batch = made("linear" if form == "flat" else "layered", form)
+    vocabulary = model.form.vocabulary
+    compete = legal(vocabulary) if objective is NextToken else lambda token: list(range(vocabulary.size))
+    squares = {False: [], True: []}
+    for is_picture, logits, _ in each_by_hand(model, batch, compete):
+        squares[is_picture].append(torch.logsumexp(logits.detach(), 0).item() ** 2)
+    logs = objective().losses(model, batch)[1]
+    for name, is_picture in (("text", False), ("image", True)):
+        expected = math.sqrt(sum(squares[is_picture]) / len(squares[is_picture]))
+        assert logs[f"{name}_log_z"] == pytest.approx(expected, rel=1e-6), name
 
 
 def test_rows_beyond_the_vocabulary_do_not_compete():
@@ -180,7 +204,7 @@ def test_an_absent_modality_costs_nothing(objective):
     model, _ = make_model()
     batch = pack([model.form.lay([Text((5, 6))])], model.form, 64)
     losses, logs = objective().losses(model, batch)
-    assert float(losses["image"].detach()) == 0 and "image_bits" not in logs
+    assert float(losses["image"].detach()) == 0 and not {"image_bits", "image_log_z"} & set(logs)
     total = torch.stack(list(losses.values())).sum()
     assert math.isfinite(float(total.detach()))
     total.backward()
@@ -327,6 +351,55 @@ def test_vectors_and_named_parameters_are_not_decayed():
         assert (id(rows) in {id(p) for p in spared}) == bool(held)
         grouped = [id(p) for p in (*decayed, *spared)]
         assert sorted(grouped) == sorted({id(p) for p in model.parameters()} - {id(frozen)})
+
+
+def test_drift_is_the_last_tenth_and_the_largest_of_what_a_run_went_through():
+    values = {"text": [5.0, 9.0, *[7.0] * 16, 1.0, 3.0], "image": [6.0, 2.0, *[4.0] * 18]}
+    drift = Drift()
+    for n in range(20):
+        if n == 10:  # a run that goes on has what it saw before
+            drift, seen = Drift(), drift.seen
+            drift.seen = {name: kept.clone() for name, kept in seen.items()}
+        drift.add({f"{name}_log_z": each[n] for name, each in values.items()}, n / 20)
+    assert drift.report() == {
+        "text": {"log_z": 2.0, "log_z_largest": 9.0, "log_z_growth": 4.0},
+        "image": {"log_z": 4.0, "log_z_largest": 6.0, "log_z_growth": 0.0},
+    }
+    short = Drift()
+    short.add({"text_log_z": 3.0}, 0.0)
+    assert short.report() == {"text": {"log_z": 3.0, "log_z_largest": 3.0, "log_z_growth": 0.0}}
+
+
+def test_a_learner_remembers_drift_and_operations_and_leaves_bad_batches_out():
+    model, _ = make_model()
+    adam = torch.optim.AdamW
+
+    def learner():
+        found = LMLearner(model.train(), NextToken(), lambda groups: adam(groups, lr=0.0), Budget(batches=4))
+        found.manual_backward = torch.Tensor.backward  # without a trainer
+        return found
+
+    first, batch = learner(), make_documents()(1)[0]
+    first.training_step(batch, 0)
+    log_z = NextToken().losses(model, batch)[1]["image_log_z"]
+    assert first.drift.report()["image"]["log_z"] == pytest.approx(log_z, rel=1e-6)
+    assert first.flops == model_flops(model, NextToken(), batch)
+    second = learner()
+    second.load_training_state(*first.training_state())
+    assert (second.drift.report(), second.flops) == (first.drift.report(), first.flops)
+    second.objective = Spoiled()
+    with pytest.warns(UserWarning, match="skipped"):
+        second.training_step(batch, 1)
+    assert second.drift.report() == first.drift.report()
+    second.load_extra_state({})  # a checkpoint of before it was measured
+
+
+class Spoiled(NextToken):
+    """Logits larger than ever, and a loss that is not finite."""
+
+    def losses(self, model, batch):
+        losses, logs = super().losses(model, batch)
+        return {name: loss * math.nan for name, loss in losses.items()}, {**logs, "image_log_z": 1e9}
 
 
 def test_operations_of_a_step_are_those_of_its_matrix_products():

@@ -256,6 +256,7 @@ def test_a_run_that_fails_leaves_what_is_known(ran, tmp_path, monkeypatch):
         ({}, ["seeds=[1,1]"], "different numbers"),
         ({}, ["seeds=[]"], "one or more"),
         ({}, ["size=smoke"], "this claim has laptop"),
+        ({"steps": {**STEPS, "tokenizer": STEPS["tokenizer"][:2]}}, [], "all seeds are one"),
         (
             {"holds": [{"figure": "PSMR", "cell": "a", "least": 1}]},
             [],
