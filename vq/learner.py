@@ -121,6 +121,9 @@ class TokenizerLearner(Learner):
         model: Any = self.result.eval()
         if not isinstance(model.quantizer, CodebookQuantizer):
             return []
+        # The layout that pictures are encoded in later: in another one latents differ by 1e-6, enough for two codes of
+        # 65,536 to lose the one patch that they were given.
+        model.to(memory_format=torch.contiguous_format)
         device = next(model.parameters()).device
         latents = [
             model.encoder(from_bytes(x).to(device)).float()

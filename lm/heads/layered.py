@@ -38,6 +38,11 @@ class LayeredHead(Head):
     def __init__(self, width: int, hidden_size: int, trunk_layers: int, layers: list[int] | None = None):
         super().__init__()
         if layers is None:
+            if trunk_layers < width:
+                raise ValueError(
+                    f"{width} codes a cell are predicted after as many layers, the trunk has {trunk_layers}: a deeper "
+                    "trunk, a tokenizer with fewer codes, or head=depth_transformer"
+                )
             step = max(1, trunk_layers // (2 * width))
             layers = [trunk_layers - 1 - step * (width - 1 - column) for column in range(width - 1)]
         if len(layers) != width - 1:

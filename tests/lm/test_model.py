@@ -428,7 +428,9 @@ def test_a_head_or_model_of_another_size_is_refused():
         MultimodalLM(from_scratch(QWEN, 10, 0), make_head("linear", 2), form)
     with pytest.raises(ValueError, match="per position"):
         MultimodalLM(from_scratch(QWEN, form.vocabulary.size, 0), make_head("linear", 1), form)
-    with pytest.raises(ValueError, match="ascending"):
+    with pytest.raises(
+        ValueError, match="7 codes a cell are predicted after as many layers, the trunk has 3"
+    ):
         make_head("layered", 7, trunk_layers=3)
 
 
