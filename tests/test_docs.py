@@ -268,7 +268,7 @@ def test_commands_would_be_taken(path):
         "vqlm-claim --config-dir yours experiment/claims=wider",
         "make tests",
         "make demo WHEELS=x",
-        ".venv/bin/python benchmarks/heads.py --colour",
+        ".venv/bin/python benchmarks/generate.py --colour",
         "python -m lm.with_vlm x",
         "torchrun -m lm.trains store=x",
         'pip install "vqlm[server]"',

@@ -79,7 +79,7 @@ def plot_cells(figures: dict[str, dict[str, list[float]]], path: str | Path) -> 
 
 
 def stack(pictures: dict[str, Path], path: str | Path, width: int = 1000) -> None:
-    """Pictures below one another, each under its name, in one width (pixels)."""
+    """Pictures below one another, each under its name, in one width (pixels). Of a tall one the upper part is shown."""
     from PIL import Image, ImageDraw
 
     line = 22
@@ -88,6 +88,7 @@ def stack(pictures: dict[str, Path], path: str | Path, width: int = 1000) -> Non
         with Image.open(file) as image:
             opened.append(image.convert("RGB"))
     scaled = [each.resize((width, max(1, round(each.height * width / each.width)))) for each in opened]
+    scaled = [each.crop((0, 0, width, min(each.height, width // 2))) for each in scaled]
     sheet = Image.new("RGB", (width, sum(each.height + line for each in scaled)), "white")
     draw, top = ImageDraw.Draw(sheet), 0
     for name, each in zip(pictures, scaled, strict=True):

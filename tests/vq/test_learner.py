@@ -59,7 +59,7 @@ def test_schedules_are_told_the_share_of_the_run(tmp_path):
 
 
 def test_codes_settle_on_the_latents_that_pictures_are_encoded_to(tmp_path):
-    """To the bit: in the memory layout of training they differ by 1e-6, and two codes of 65,536 fell out of use by that."""
+    """To the bit: in the memory layout of training they differ by 1e-6, and two codes of 65,536 fell out of use."""
     told = []
 
     class Told(CodebookReset):
