@@ -247,9 +247,9 @@ def claims(project: Project, page: Path) -> str:
 def weighed(claim: Claim) -> str:
     """The verdict, and of how many comparisons it was made: a claim of many parts fails with one of them."""
     verdicts = [each["verdict"] for each in claim.found.get("comparisons", [])]
-    if len(verdicts) < 2:
-        return claim.verdict
     counts = Counter(verdicts)
+    if len(counts) < 2:
+        return claim.verdict
     return f"{claim.verdict} ({', '.join(f'{counts[each]} {each}' for each in VERDICTS if counts[each])})"
 
 

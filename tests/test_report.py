@@ -200,7 +200,7 @@ def test_the_measured_block_has_the_demo_the_benchmarks_and_the_count_of_claims(
         and "100% of the codes used (50% by held-out pictures)" in text
         and "23.4% of 64" in text
     )
-    assert "[How fast?](benchmarks/README.md) | 7.5 times as fast" in text
+    assert "[`benchmarks/speed.py`](benchmarks/README.md) | 7.5 times as fast" in text
     assert "[claims of the field](docs/claims.md) | 1 too small to tell here" in text
 
 
@@ -228,6 +228,12 @@ def test_one_seed_has_no_spread_and_a_run_may_have_been_stopped(small: Project):
     write(small.claims_folder / "depth.json", json.dumps(alone))
     made = report.rendered(small, small.root / "docs/claims.md")
     assert "| Q = 1 | 20 |" in made and "stopped before its last seed" in made
+
+
+def test_a_verdict_says_of_how_many_parts_it_was_made(small: Project):
+    parts = [{**RUN["comparisons"][0], "verdict": each} for each in ("holds", "fails", "holds")]
+    write(small.claims_folder / "depth.json", json.dumps({**RUN, "comparisons": parts, "verdict": "fails"}))
+    assert "| fails (2 holds, 1 fails) |" in report.rendered(small, small.root / "docs/claims.md")
 
 
 @pytest.mark.parametrize(
