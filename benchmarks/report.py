@@ -131,7 +131,8 @@ def fetch(project: Project, runs: Path) -> None:
     for path in sorted(runs.glob("claims/*/claim.json")):
         found = read_claim(path)
         kept = project.claims_folder / f"{found['name']}.json"
-        if found.get("size") != "smoke" and _newer(path, kept):
+        stopped = kept.exists() and "minutes" not in found  # what was finished is worth more
+        if found.get("size") != "smoke" and not stopped and _newer(path, kept):
             kept.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, kept)
             _keep_picture(path.with_name("claim.png"), kept.with_suffix(".png"))
@@ -300,7 +301,7 @@ def comparisons(claim: Claim) -> Table:
 
 def _cost(claim: Claim) -> str:
     seeds, minutes = len(claim.found["seeds"]), claim.found.get("minutes")
-    facts = told({**claim.found["machine"], "versions": claim.found.get("versions", {})})
+    facts = told(claim.found["machine"])
     time = "stopped before its last seed" if minutes is None else f"{minutes:.1f} minutes"
     return f"{seeds} seed{'s' if seeds != 1 else ''}, size {claim.found.get('size')}, {time}. {facts}."
 

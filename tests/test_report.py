@@ -62,8 +62,7 @@ RUN = {
     ],
     "verdict": "too small to tell here",
     "minutes": 12.34,
-    "machine": {"cores": 2, "device": "cpu"},
-    "versions": {"torch": "2.13.0"},
+    "machine": {"cores": 2, "device": "cpu", "versions": {"torch": "2.13.0"}},
 }
 RESULT = {
     "question": "How fast?",
@@ -228,6 +227,21 @@ def test_one_seed_has_no_spread_and_a_run_may_have_been_stopped(small: Project):
     write(small.claims_folder / "depth.json", json.dumps(alone))
     made = report.rendered(small, small.root / "docs/claims.md")
     assert "| Q = 1 | 20 |" in made and "stopped before its last seed" in made
+
+
+def test_the_script_keeps_writes_and_says_what_is_wrong(small: Project, monkeypatch, capsys):
+    monkeypatch.setattr(report, "Project", lambda: small)
+    run = small.root / "runs/claims/depth/claim.json"
+    write(run, json.dumps({**RUN, "verdict": "holds"}))
+    os.utime(run, (2**31, 2**31))
+    assert report.main() == 0 and "docs/claims.md: written" in capsys.readouterr().out
+    assert "| holds |" in (small.root / "docs/claims.md").read_text()
+    stopped = {key: value for key, value in RUN.items() if key != "minutes"}
+    write(run, json.dumps({**stopped, "verdict": "fails"}))
+    os.utime(run, (2**31 + 9, 2**31 + 9))
+    assert report.main() == 0 and "| holds |" in (small.root / "docs/claims.md").read_text()  # was finished
+    write(run, "{")
+    assert report.main() == 1 and "claim.json" in capsys.readouterr().err
 
 
 def test_a_verdict_says_of_how_many_parts_it_was_made(small: Project):

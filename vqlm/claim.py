@@ -11,9 +11,13 @@ file like those of conf/experiment/claims, in DIR/experiment/claims, and --confi
 
 from __future__ import annotations
 
+import hashlib
+import json
+import sys
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any, Literal
 
 from vqlm.command import command, compose
@@ -44,31 +48,34 @@ def claim(
     out: str,
 ) -> None:
     """Run an experiment and say whether a claim holds."""
-    if not (name and cells):
+    if not cells:
         raise ConfigError("choose a claim: vqlm-claim experiment/claims=NAME (--help lists them)")
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ConfigError(f"seeds={seeds}: one or more different numbers, none below 0")
     chosen = choose_size(sizes) if size == "auto" else size
     if chosen != "laptop" and chosen not in sizes:
-        raise ConfigError(f"size={chosen}: this claim has {', '.join(['laptop', *sizes])}")
+        raise ConfigError(f"size={chosen}: this claim has {', '.join(['laptop', *sizes])} only")
+    if chosen == "gpu" and choose_size(sizes) != "gpu":
+        print("size=gpu: there is no GPU here; this may take days", file=sys.stderr)
     experiment = Experiment(steps, cells, figures, pictures, sizes.get(chosen, {}))
     comparisons = [comparison(told, f"holds.{n}", experiment) for n, told in enumerate(holds)]
     folder, kept = Path(out), Path(runs)
-    check_seeds(experiment, seeds)
-    check_words(experiment, seeds, kept)
+    check_differences(experiment, comparisons, seeds)
+    configs = check_words(experiment, seeds, kept)
     told = {"name": name, "claim": claim, "source": source, "predicted": predicted}
-    told |= {"command": f"vqlm-claim experiment/claims={name}", "size": chosen}
+    told |= {"size": chosen}
 
     def conclude(whole: list[int]) -> None:
         """After each seed, so that a run that is stopped leaves what it knows."""
         found = experiment.read(kept, whole)
         judged = [{**asdict(each), **judge(each, found)} for each in comparisons]
-        result = {**told, "seeds": whole, "figures": found, "comparisons": judged}
+        command = f"vqlm-claim experiment/claims={name} size={chosen} seeds=[{','.join(map(str, whole))}]"
+        result = {**told, "command": command, "seeds": whole, "figures": found, "comparisons": judged}
         result["verdict"] = overall([each["verdict"] for each in judged])
         write_json(folder / "claim.json", {**result, "machine": surroundings()})
         print(table(result), flush=True)
 
-    minutes = experiment.make(kept, seeds, conclude)
+    minutes = experiment.make(kept, seeds, conclude, configs)
     finish(experiment, kept, seeds, folder, minutes)
 
 
@@ -98,28 +105,47 @@ def comparison(told: dict[str, Any], key: str, experiment: Experiment) -> Compar
     return made
 
 
-def check_seeds(experiment: Experiment, seeds: list[int]) -> None:
-    """ConfigError where seeds would be counted that change nothing: equal numbers look like certainty."""
-    for cell in experiment.cells:
-        digests = [{each.digest for each in experiment.runs_of(cell, seed).values()} for seed in seeds[:2]]
-        if len(digests) > 1 and digests[0] == digests[1]:
+def check_differences(experiment: Experiment, comparisons: list[Comparison], seeds: list[int]) -> None:
+    """ConfigError where a comparison would compare a run with itself: no difference looks like certainty."""
+    for each in comparisons:
+        step = experiment.figures[each.figure].partition(":")[0]
+
+        def run_of(cell: str | None, seed: int, step: str = step) -> str | None:
+            return experiment.runs_of(cell, seed)[step].digest if cell is not None else None
+
+        what = f"{each.figure} of {each.cell}"
+        if each.than is not None and run_of(each.cell, seeds[0]) == run_of(each.than, seeds[0]):
             raise ConfigError(
-                f"cell {cell}: no step of it has {{seed}} among its words, so all seeds are one; or: seeds=[0]"
+                f"{what}: {each.than} runs the same words at this size, so there is nothing to compare"
+            )
+        pairs = [(run_of(each.cell, seed), run_of(each.than, seed)) for seed in seeds[:2]]
+        if len(pairs) > 1 and pairs[0] == pairs[1]:
+            raise ConfigError(
+                f"{what}: neither the step {step} nor one that it reads has {{seed}} among its words, so all seeds are "
+                "one; add it, or seeds=[0]"
             )
 
 
-def check_words(experiment: Experiment, seeds: list[int], runs: Path) -> None:
-    """ConfigError before anything is run, where the words of a step do not fit its command."""
+def check_words(experiment: Experiment, seeds: list[int], runs: Path) -> dict[str, str]:
+    """Digests of whole configurations, by run. ConfigError before anything is run, where the words of a step do not
+    fit its command. Of the first seed: what the others differ in is a number."""
+    configs = {}
     for _, cell, each in experiment.all_runs(seeds[:1]):
         module = import_module(COMMANDS[each.command])
         try:
-            compose(module.main, [*each.told(runs), f"out={each.folder(runs).as_posix()}"])
+            config = compose(module.main, [*each.told(runs), f"out={each.folder(runs).as_posix()}"])
         except ConfigError as error:
             raise ConfigError(f"step {each.step} of cell {cell} ({each.command}): {error}") from error
+        told = json.dumps(config, sort_keys=True).replace(runs.as_posix(), "")  # runs may be moved
+        configs[each.digest] = hashlib.sha256(told.encode()).hexdigest()[:12]
+    return configs
 
 
 def judge(each: Comparison, figures: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
-    values = each.values(figures)
+    try:
+        values = each.values(figures)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     return {"values": values, **asdict(each.judge(values))}
 
 
@@ -146,20 +172,21 @@ def finish(experiment: Experiment, runs: Path, seeds: list[int], folder: Path, m
 
 def table(result: dict[str, Any]) -> str:
     """What a person reads first: figures by cell, what was compared, the verdict."""
-    from vqlm.verdict import error
-
     figures: dict[str, dict[str, list[float]]] = result["figures"]
     cells = list(dict.fromkeys(cell for by_cell in figures.values() for cell in by_cell))
     width = max(map(len, [*cells, ""])) + 2
     head = "".join(f"{name:>{max(len(name), 15) + 2}}" for name in figures)
-    lines = ["", result["claim"], f"{'':{width}}{head}   ({len(result['seeds'])} seeds, ± 95 % one-sided)"]
+    lines = [
+        "",
+        result["claim"],
+        f"{'':{width}}{head}   ({len(result['seeds'])} seed(s), ± standard deviation)",
+    ]
     for cell in cells:
         row = ""
         for name, by_cell in figures.items():
             values = by_cell.get(cell)
-            reach = error(values) if values else None
-            mean = sum(values) / len(values) if values else 0.0
-            text = "-" if not values else f"{mean:.4g}" + ("" if reach is None else f" ± {reach:.2g}")
+            spread = f" ± {stdev(values):.2g}" if values and len(values) > 1 else ""
+            text = f"{fmean(values):.4g}{spread}" if values else "-"
             row += f"{text:>{max(len(name), 15) + 2}}"
         lines.append(f"{cell:{width}}{row}")
     lines += [sentence(each) for each in result["comparisons"]]

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -62,30 +64,65 @@ class Run:
         known = {"seed": str(self.seed), **names}
         return PLACEHOLDER.sub(lambda found: known[found[1]], word)
 
-    def make(self, runs: Path, title: str) -> float:
-        """Run it, unless that was done. Returns the minutes that it took, then or now.
+    def make(self, runs: Path, title: str, config: str | None = None) -> float:
+        """Run it, unless that was done. Returns the minutes that it took, then or now (of a run that was stopped and
+        gone on with, those of the last piece).
 
-        Another process that makes the same run at this moment is waited for.
+        config: a digest of the whole configuration, which the words leave to defaults; None: not known. Another process
+        that makes the same run at this moment is waited for.
+
+        Raises:
+            ConfigError: the run was made when defaults were others.
         """
-        from filelock import FileLock
-
         folder, done = self.folder(runs), runs / f"{self.step}-{self.digest}.json"
         runs.mkdir(parents=True, exist_ok=True)
-        with FileLock(done.with_suffix(".lock")):
-            if done.is_file() and folder.is_dir():
-                return float(read_json(done)["minutes"])
+        with _alone(done.with_suffix(".lock"), title):
+            before = _marker(done)
+            if before and folder.is_dir():
+                if config and before.get("config") not in (None, config):
+                    raise ConfigError(
+                        f"{folder} was made when the defaults of {self.command} were others: remove it, or name "
+                        "another folder: runs=DIR"
+                    )
+                return float(before["minutes"])
             started, words = time.monotonic(), self.told(runs)
             run(title, self.command, [*words, f"out={folder.as_posix()}"])
             # A finished run is not gone on with, and checkpoints are three times as large as what they lead to.
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             minutes = (time.monotonic() - started) / 60
-            write_json(done, {"command": self.command, "words": words, "minutes": minutes})
+            write_json(done, {"command": self.command, "words": words, "minutes": minutes, "config": config})
         return minutes
+
+
+@contextmanager
+def _alone(lock_file: Path, title: str) -> Iterator[None]:
+    """Until no other process is within; says so if there is one."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(lock_file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"\n=== {title}: another process makes this run; waiting for it", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _marker(done: Path) -> dict[str, Any] | None:
+    """What a finished run left beside its folder; None if it is not finished, or that cannot be read."""
+    try:
+        found = read_json(done)
+        return found if isinstance(found["minutes"], int | float) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """See the head of this file. more: words that are added to those of every cell, such as those of a size.
+    """See the head of this file. more: the words of a size, which are added to those of every cell.
 
     Raises:
         ConfigError: a step, cell or placeholder that does not exist, or a command that is none.
@@ -104,7 +141,10 @@ class Experiment:
                     f"steps.{step}={words}: must begin with a command{nearest(str(words[:1]), COMMANDS)} "
                     f"(there are: {', '.join(COMMANDS)})"
                 )
-        for where, told in [*self.cells.items(), ("sizes", self.more)]:
+        for where, told in [
+            *((f"cells.{name}", own) for name, own in self.cells.items()),
+            ("sizes", self.more),
+        ]:
             for step in told:
                 self._known(step, f"{where}.{step}")
         for name, place in [*self.figures.items(), *([("pictures", self.pictures)] if self.pictures else [])]:
@@ -150,15 +190,33 @@ class Experiment:
                         seen.add(each.digest)
                         yield seed, cell, each
 
-    def make(self, runs: Path, seeds: Sequence[int], after: Callable[[list[int]], Any]) -> float:
-        """Make all runs; `after` is called with the seeds that are whole, whenever one is. Returns minutes in all."""
+    def make(
+        self, runs: Path, seeds: Sequence[int], after: Callable[[list[int]], Any], configs: Mapping[str, str]
+    ) -> float:
+        """Make all runs; `after` is called with the seeds that are whole, whenever one is. Returns minutes in all.
+
+        configs: see `Run.make`, by the digest of the run.
+
+        Raises:
+            ConfigError: a figure is not in what the first run of its step left: not after hours, when all are made.
+        """
         every = list(self.all_runs(seeds))
-        minutes = 0.0
+        minutes, looked = 0.0, set()
         for number, (seed, cell, each) in enumerate(every, 1):
-            minutes += each.make(runs, f"[{number}/{len(every)}] {each.step} of {cell!r}, seed {seed}")
+            title = f"[{number}/{len(every)}] {each.step} of {cell!r}, seed {seed}"
+            minutes += each.make(runs, title, configs.get(each.digest))
+            if each.step not in looked:
+                looked.add(each.step)
+                self._look(each, runs)
             if number == len(every) or every[number][0] != seed:
                 after(list(seeds[: list(seeds).index(seed) + 1]))
         return minutes
+
+    def _look(self, made: Run, runs: Path) -> None:
+        for name, place in self.figures.items():
+            step, _, keys = place.partition(":")
+            if step == made.step:
+                figure_at(name, made.folder(runs) / "metrics.json", keys)
 
     def read(self, runs: Path, seeds: Sequence[int]) -> dict[str, dict[str, list[float]]]:
         """figure → cell → a number for each seed. A cell without the step of a figure is left out there.
@@ -173,7 +231,7 @@ class Experiment:
                 made = [self.runs_of(cell, seed).get(step) for seed in seeds]
                 if all(made):
                     files = [each.folder(runs) / "metrics.json" for each in made if each]
-                    found[name][cell] = [number_at(file, keys) for file in files]
+                    found[name][cell] = [figure_at(name, file, keys) for file in files]
         return found
 
     def picture_files(self, runs: Path, seed: int) -> dict[str, Path]:
@@ -191,9 +249,26 @@ def merged(words: Sequence[str]) -> Words:
     return list({word.partition("=")[0]: word for word in words}.values())
 
 
+def figure_at(name: str, file: Path, keys: str) -> float:
+    """`number_at`, whose errors name the figure."""
+    try:
+        return number_at(file, keys)
+    except ConfigError as error:
+        raise ConfigError(f"figures.{name}: {error}") from error
+
+
 def number_at(file: Path, keys: str) -> float:
-    """The number at a dotted place of a file of JSON; of a list of numbers, the mean."""
-    value: Any = read_json(file)
+    """The number at a dotted place of a file of JSON; of a list of numbers, the mean.
+
+    Raises:
+        ConfigError: the file cannot be read, the place is not there, or no finite number is.
+    """
+    try:
+        value: Any = read_json(file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{file} cannot be read ({error}): remove its folder, and the run is made again"
+        ) from error
     for key in keys.split("."):
         below = (
             value[int(key)] if isinstance(value, list) and key.isdigit() and int(key) < len(value) else None
@@ -203,8 +278,8 @@ def number_at(file: Path, keys: str) -> float:
             there = list(value) if isinstance(value, dict) else type(value).__name__
             raise ConfigError(f"{file}: there is no {keys} ({key} is missing; there: {there})")
         value = below
-    if isinstance(value, list):
+    if isinstance(value, list) and value and all(isinstance(each, int | float) for each in value):
         value = fmean(value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ConfigError(f"{file}: {keys} is {value!r}, not a number")
     return float(value)

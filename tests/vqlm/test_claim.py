@@ -4,11 +4,15 @@ scipy's t distribution is the independent word on intervals. Commands are replac
 """
 
 import json
+import shutil
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from scipy import stats
 
 from vqlm import claim, command, experiment
@@ -64,6 +68,14 @@ def test_the_interval_is_that_of_a_one_sided_t_test():
 def test_a_comparison_is_judged_by_its_interval(bar, verdict):
     judged = Comparison("f", "a", **bar).judge([0.9, 1.0, 1.1])
     assert judged.verdict == verdict and judged.low < 1 < judged.high
+
+
+@pytest.mark.parametrize(("bar", "verdict"), [({"least": 1.0}, FAILS), ({"most": 1.0}, HOLDS)])
+def test_the_bar_itself_belongs_to_the_claim(bar, verdict):
+    """high = bar: `most` holds there, `least` does not fail there."""
+    judged = Comparison("f", "a", **bar).judge([1.0, 1.0])
+    assert judged.verdict == HOLDS
+    assert Comparison("f", "a", **bar).judge([0.5, 0.5]).verdict == verdict
 
 
 def test_one_seed_shows_no_spread():
@@ -146,7 +158,10 @@ def test_later_words_replace_earlier_ones():
     ("change", "message"),
     [
         ({"steps": {"tokenizer": ["vq-trian"]}}, "did you mean 'vq-train'"),
-        ({"cells": {"a": {"tokeniser": ["x=1"]}}}, "no step tokeniser; did you mean 'tokenizer'"),
+        (
+            {"cells": {"a": {"tokeniser": ["x=1"]}}},
+            "cells.a.tokeniser: there is no step tokeniser; did you mean 'tokenizer'",
+        ),
         ({"figures": {"PSNR": "lmm:heldout.psnr"}}, "no step lmm"),
         ({"figures": {"PSNR": "heldout.psnr"}}, "must be STEP:PLACE"),
         ({"steps": {**STEPS, "lm": ["lm-train", "store={stor}"]}}, r"reads \{stor\}.*did you mean 'store'"),
@@ -169,9 +184,18 @@ def test_numbers_are_found_in_files(tmp_path):
     assert number_at(file, "a.of.0.x") == 3
     with pytest.raises(ConfigError, match=r"no a.c \(c is missing; there: \['b', 'used'"):
         number_at(file, "a.c")
-    for keys in ("a.none", "yes", "a", "a.of.1.x"):
+    for keys in ("a.none", "yes", "a", "a.of.1.x", "a.of"):
         with pytest.raises(ConfigError):
             number_at(file, keys)
+
+
+@pytest.mark.parametrize("text", ['{"psnr": NaN}', '{"psnr": Infinity}', '{"psn', None])
+def test_a_damaged_file_is_named(text, tmp_path):
+    file = tmp_path / "metrics.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=r"metrics\.json"):
+        number_at(file, "psnr")
 
 
 # --- the command ----------------------------------------------------------------------------------------------
@@ -192,6 +216,7 @@ def ran(monkeypatch):
             raise SystemExit(1)
         found = {"heldout": {"psnr": 20 + seed, "image_bits": 3 if "head" in told else 4 + seed / 100}}
         (folder / "metrics.json").write_text(json.dumps(found))
+        Image.new("RGB", (8, 8)).save(folder / "seen.png")
 
     monkeypatch.setattr(experiment, "run", run)
     return made
@@ -241,6 +266,73 @@ def test_the_command_runs_judges_and_goes_on(ran, tmp_path, monkeypatch, capsys)
     assert json.loads((tmp_path / "runs/claims/mine/claim.json").read_text())["minutes"] >= result["minutes"]
 
 
+def test_a_run_is_made_again_unless_it_is_whole(ran, tmp_path, monkeypatch):
+    """Without its marker, with a damaged one, without its folder; and refused when defaults were others."""
+    conf(tmp_path / "conf", figures={"PSNR": "tokenizer:heldout.psnr"}, cells={"a": {}}, holds=[])
+    call(monkeypatch, tmp_path, "seeds=[0]")
+    (marker,) = (tmp_path / "runs/claims/runs").glob("*.json")
+    folder, kept = marker.with_suffix(""), json.loads(marker.read_text())
+    call(monkeypatch, tmp_path, "seeds=[0]")
+    assert len(ran) == 1
+    for spoil in (lambda: marker.unlink(), lambda: marker.write_text("{"), lambda: None):
+        spoil()
+        shutil.rmtree(folder)
+        call(monkeypatch, tmp_path, "seeds=[0]")
+    assert len(ran) == 4
+    marker.unlink()  # stopped before its end: the command goes on in its folder
+    call(monkeypatch, tmp_path, "seeds=[0]")
+    assert len(ran) == 5
+    marker.write_text(json.dumps({**kept, "config": "other"}))
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, tmp_path, "seeds=[0]")
+    assert stopped.value.code == 2
+
+
+def test_sizes_pictures_and_all_comparisons_count(ran, tmp_path, monkeypatch, capsys):
+    holds = [{"figure": "bits", "cell": "b", "than": "a", "most": 0.0}]
+    holds += [{"figure": "bits", "cell": "b", "than": "a", "ratio": True, "least": 2.0}]
+    sizes = {"smoke": {"lm": ["lm_size=smoke"]}}
+    conf(tmp_path / "conf", holds=holds, sizes=sizes, pictures="tokenizer:seen.png")
+    call(monkeypatch, tmp_path, "seeds=[0,1]", "size=smoke")
+    out = tmp_path / "runs/claims/mine"
+    result = json.loads((out / "claim.json").read_text())
+    assert [each["verdict"] for each in result["comparisons"]] == [HOLDS, FAILS] and result[
+        "verdict"
+    ] == FAILS
+    assert result["command"] == "vqlm-claim experiment/claims=mine size=smoke seeds=[0,1]"
+    assert all("lm_size=smoke" in words for words in ran if words[0] == "lm-train")
+    with Image.open(out / "pictures.png") as sheet:
+        assert sheet.size == (1000, 3 * (22 + 500))  # three cells, the upper half of a square each
+    said = capsys.readouterr().out
+    assert "b - a = -1" in said and "said to be at most 0: holds" in said
+    assert "b / a = 0.7" in said and "said to be at least 2: fails" in said and "20.5 ± 0.71" in said
+
+
+def test_a_figure_that_is_not_there_is_told_after_the_first_run(ran, tmp_path, monkeypatch, capsys):
+    conf(tmp_path / "conf", figures={"PSNR": "tokenizer:heldout.psmr", "bits": "lm:heldout.image_bits"})
+    with pytest.raises(SystemExit):
+        call(monkeypatch, tmp_path)
+    assert len(ran) == 1 and "figures.PSNR: " in capsys.readouterr().err
+
+
+def test_two_claims_at_once_wait_for_each_other(tmp_path, monkeypatch, capsys):
+    made = small().runs_of("a", 0)["tokenizer"]
+    ran = []
+
+    def slow(title, name, words):
+        time.sleep(0.3)
+        made.folder(tmp_path).mkdir()
+        ran.append(title)
+
+    monkeypatch.setattr(experiment, "run", slow)
+    both = [threading.Thread(target=made.make, args=(tmp_path, "t")) for _ in range(2)]
+    for each in both:
+        each.start()
+    for each in both:
+        each.join()
+    assert len(ran) == 1 and "another process makes this run" in capsys.readouterr().out
+
+
 def test_a_run_that_fails_leaves_what_is_known(ran, tmp_path, monkeypatch):
     conf(tmp_path / "conf")
     with pytest.raises(SystemExit) as stopped:
@@ -255,8 +347,9 @@ def test_a_run_that_fails_leaves_what_is_known(ran, tmp_path, monkeypatch):
     [
         ({}, ["seeds=[1,1]"], "different numbers"),
         ({}, ["seeds=[]"], "one or more"),
-        ({}, ["size=smoke"], "this claim has laptop"),
+        ({}, ["size=smoke"], "this claim has laptop only"),
         ({"steps": {**STEPS, "tokenizer": STEPS["tokenizer"][:2]}}, [], "all seeds are one"),
+        ({"cells": {**CELLS, "b": {}}}, [], "bits of b: a runs the same words"),
         (
             {"holds": [{"figure": "PSMR", "cell": "a", "least": 1}]},
             [],
@@ -287,7 +380,9 @@ def test_what_cannot_be_run_is_said_before_anything_is(
     assert ran == [] and not [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
 
 
-def test_without_a_claim_the_choice_is_explained(monkeypatch, capsys):
+def test_without_a_claim_the_choice_is_explained(monkeypatch, capsys, tmp_path):
+    (tmp_path / "runs/claims/depth").mkdir(parents=True)  # of another one
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["vqlm-claim"])
     with pytest.raises(SystemExit):
         claim.main()
