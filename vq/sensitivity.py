@@ -170,15 +170,20 @@ def sensitivity(
 
 
 def monotone(ladder: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, float]:
-    def rises(rungs: Sequence[Mapping[str, Any]], name: str) -> bool:
-        if name in METRICS:
-            values = [rung[name] for rung in rungs]
-        else:
-            values = [0.0, *(rung["sensitivity"].get(name, 0.0) for rung in rungs[1:])]
-        return all(a < b for a, b in pairwise(values))
+    """Ladders on which PSNR or SSIM has no number (a picture that is not touched has an infinite PSNR) do not count."""
 
-    names = [*METRICS, *PAIRS]
-    return {name: fmean(rises(rungs, name) for rungs in ladder.values()) for name in names} if ladder else {}
+    def climbed(rungs: Sequence[Mapping[str, Any]], name: str) -> list[float | None]:
+        if name in METRICS:
+            return [rung[name] for rung in rungs]
+        return [0.0, *(rung["sensitivity"].get(name) for rung in rungs[1:])]
+
+    found = {}
+    for name in [*METRICS, *PAIRS]:
+        paths = [climbed(rungs, name) for rungs in ladder.values()]
+        known = [[step for step in path if step is not None] for path in paths if None not in path]
+        if known:
+            found[name] = fmean(all(a < b for a, b in pairwise(path)) for path in known)
+    return found
 
 
 def seconds(views: Views, reference: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, float]:

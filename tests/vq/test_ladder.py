@@ -24,6 +24,7 @@ from vq.sensitivity import (
     climb,
     flagged,
     fwd_against,
+    monotone,
 )
 from vq.shapes import Shapes
 from vqlm.batches import generator
@@ -263,3 +264,14 @@ def test_a_folder_of_made_pictures(tmp_path):
     assert found["ladder"] == {}
     with pytest.raises(ConfigError, match="there are 7 made pictures"):
         run(tmp_path / "few", ladders={}, generated=str(tmp_path / "made"), set_sizes=[8])
+
+
+def test_a_ladder_without_a_number_says_nothing_of_that_metric():
+    """Not that the metric did not rise."""
+    own = dict.fromkeys(METRICS, 0.0)
+    more = dict.fromkeys(METRICS, 1.0)
+    rungs = [own, {**more, "sensitivity": {"psnr": 5.0, "ssim": 0.1}}]
+    blind = [own, {**more, "sensitivity": {"ssim": 0.0}}]
+    found = monotone({"blur": rungs, "hue": blind})
+    assert found["psnr"] == 1.0 and found["ssim"] == 0.5 and found["fwd"] == 1.0
+    assert "psnr" not in monotone({"hue": blind})
