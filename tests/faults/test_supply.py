@@ -230,7 +230,14 @@ def test_what_is_installed_and_pinned_is_within_the_floors():
     lock, constraints = pinned(LOCK), pinned(ROOT / "constraints.txt")
     for extra, requirement in declared():
         name = canonicalize_name(requirement.name)
-        if extra not in ("docs", "features", "gguf", "lora", "serve", "scale"):  # those that `make setup` installs
+        if extra not in (
+            "docs",
+            "features",
+            "gguf",
+            "lora",
+            "serve",
+            "scale",
+        ):  # those that `make setup` installs
             assert requirement.specifier.contains(lock[name]), (
                 f"{requirement}, {LOCK.name} has {lock[name]}: make lock"
             )
