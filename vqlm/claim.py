@@ -28,8 +28,6 @@ from vqlm.machine import machine
 from vqlm.processes import COMMANDS
 from vqlm.verdict import Comparison, overall
 
-SIZES = ("smoke", "laptop", "gpu")
-
 
 def claim(
     name: str,
@@ -62,21 +60,26 @@ def claim(
     folder, kept = Path(out), Path(runs)
     check_differences(experiment, comparisons, seeds)
     configs = check_words(experiment, seeds, kept)
-    told = {"name": name, "claim": claim, "source": source, "predicted": predicted}
-    told |= {"size": chosen}
+    result: dict[str, Any] = {
+        "name": name,
+        "claim": claim,
+        "source": source,
+        "predicted": predicted,
+        "size": chosen,
+    }
 
     def conclude(whole: list[int]) -> None:
         """After each seed, so that a run that is stopped leaves what it knows."""
         found = experiment.read(kept, whole)
         judged = [{**asdict(each), **judge(each, found)} for each in comparisons]
         command = f"vqlm-claim experiment/claims={name} size={chosen} seeds=[{','.join(map(str, whole))}]"
-        result = {**told, "command": command, "seeds": whole, "figures": found, "comparisons": judged}
-        result["verdict"] = overall([each["verdict"] for each in judged])
-        write_json(folder / "claim.json", {**result, "machine": surroundings()})
+        result.update(command=command, seeds=whole, figures=found, comparisons=judged)
+        result.update(verdict=overall([each["verdict"] for each in judged]), machine=surroundings())
+        write_json(folder / "claim.json", result)
         print(table(result), flush=True)
 
     minutes = experiment.make(kept, seeds, conclude, configs)
-    finish(experiment, kept, seeds, folder, minutes)
+    finish({**result, "minutes": minutes}, experiment.picture_files(kept, seeds[0]), folder)
 
 
 def choose_size(sizes: dict[str, Any]) -> str:
@@ -157,17 +160,15 @@ def surroundings() -> dict[str, Any]:
     return machine(torch.get_num_threads(), "transformers", "vqlm", device=device)
 
 
-def finish(experiment: Experiment, runs: Path, seeds: list[int], folder: Path, minutes: float) -> None:
-    """The minutes of all runs, and what there is to look at."""
-    from vqlm.files import read_json
+def finish(result: dict[str, Any], pictures: dict[str, Path], folder: Path) -> None:
+    """Once all seeds are whole: the minutes of all runs, and what there is to look at."""
     from vqlm.plots import plot_cells, stack
 
-    result = read_json(folder / "claim.json")
-    write_json(folder / "claim.json", {**result, "minutes": minutes})
+    write_json(folder / "claim.json", result)
     plot_cells(result["figures"], folder / "claim.png")
-    if files := experiment.picture_files(runs, seeds[0]):
-        stack(files, folder / "pictures.png")
-    print(f"{minutes:.1f} minutes in all: {folder / 'claim.json'}   {folder / 'claim.png'}")
+    if pictures:
+        stack(pictures, folder / "pictures.png")
+    print(f"{result['minutes']:.1f} minutes in all: {folder / 'claim.json'}   {folder / 'claim.png'}")
 
 
 def table(result: dict[str, Any]) -> str:
