@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lm.grammar import grammar_of
 from lm.model import MultimodalLM, Rows
-from lm.objectives.next_token import at_least_single, columns
+from lm.objectives.next_token import columns
 from lm.objectives.scoring import LIMIT, ModalityLoss, Weights, nothing, score
 from lm.packing import Batch
 from lm.vocab import Vocabulary
@@ -47,7 +47,7 @@ class FullVocabulary:
 
         def scored(feature_nC: Tensor, ids_n: Tensor) -> ModalityLoss:
             def logits(part_nC: Tensor) -> Tensor:
-                return at_least_single(model.text_logits(part_nC, [rows]))
+                return model.text_logits(part_nC, [rows])
 
             return score(feature_nC, ids_n, logits, vocabulary.size, limit=self.chunk)
 

@@ -5,7 +5,6 @@ Legend: B rows, T positions, W columns, N picture positions, C hidden width, K c
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lm.grammar import grammar_of
@@ -69,11 +68,11 @@ def legal_losses(
     for kind, allowed_V in masks.items():
         at_BT = depth_BTW[..., 0] == kind
 
-        def logits(hidden_nC: Tensor, allowed_V: Tensor = allowed_V) -> Tensor:
-            return at_least_single(model.text_logits(hidden_nC, rows)).masked_fill(~allowed_V, -torch.inf)
+        def logits(hidden_nC: Tensor) -> Tensor:
+            return model.text_logits(hidden_nC, rows)
 
-        width = vocabulary.image_offset
-        text = text + score(made.hidden_BTC[at_BT], next_BTW[..., 0][at_BT], logits, width, limit=limit)
+        next_n, width = next_BTW[..., 0][at_BT], vocabulary.image_offset
+        text = text + score(made.hidden_BTC[at_BT], next_n, logits, width, allowed_V=allowed_V, limit=limit)
     return text, _image_losses(model, made, next_BTW, depth_BTW, rows, soft, limit)
 
 
@@ -95,11 +94,11 @@ def _image_losses(
             at_N = depth_N == depth
 
             def logits(feature_nC: Tensor, depth: int = depth) -> Tensor:
-                return at_least_single(model.image_logits(feature_nC, depth, rows))
+                return model.image_logits(feature_nC, depth, rows)
 
             codes_n = ids_N[at_N] - vocabulary.image_range(depth).start
             soften = None if soft is None else soft.targets(depth)
-            part = score(feature_NC[at_N], codes_n, logits, vocabulary.codebook_size, soften, limit)
+            part = score(feature_NC[at_N], codes_n, logits, vocabulary.codebook_size, soften, limit=limit)
             image = image + part
     return image
 
@@ -109,8 +108,3 @@ def columns(model: MultimodalLM, made: Predicted, next_BTW: Tensor, depth_BTW: T
     where_BT = model.is_image(next_BTW).any(-1)
     ids_NW, depth_NW = next_BTW[where_BT], depth_BTW[where_BT]
     return zip(made.features, ids_NW.unbind(-1), depth_NW.unbind(-1), strict=True)
-
-
-def at_least_single(logits: Tensor) -> Tensor:
-    """Sums of probabilities are taken in fp32, or in fp64 where the model is."""
-    return logits if logits.dtype == torch.float64 else logits.float()

@@ -187,6 +187,42 @@ def test_parts_keep_no_logits_for_the_backward_pass():
     assert kept[0] >= 40 and kept[1] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("some", [False, True], ids=["all compete", "some compete"])
+def test_the_competition_is_logsumexp_and_gather_and_so_are_its_gradients(some, dtype, monkeypatch):
+    random = torch.Generator().manual_seed(0)
+    logits_NV = (5 * torch.randn(7, 40, generator=random)).to(dtype)
+    allowed_V = torch.rand(40, generator=random) < 0.6 if some else None
+    targets_N = torch.arange(40)[allowed_V if some else slice(None)][:7]
+    to_z_N, to_chosen_N = torch.randn(2, 7, generator=random)
+    monkeypatch.setattr(scoring, "BLOCK", 3 * 40)  # three rows at once, then one
+
+    def plain(x_NV):
+        x_NV = x_NV.double()
+        x_NV = x_NV if allowed_V is None else x_NV.masked_fill(~allowed_V, -math.inf)
+        return x_NV.logsumexp(-1), x_NV.gather(-1, targets_N[:, None])[:, 0]
+
+    def both(road):
+        x_NV = logits_NV.clone().requires_grad_()
+        z_N, chosen_N = road(x_NV)
+        ((z_N * to_z_N).sum() + (chosen_N * to_chosen_N).sum()).backward()
+        return z_N, chosen_N, x_NV.grad
+
+    found = both(lambda x_NV: scoring.Competition.apply(x_NV, targets_N, allowed_V))
+    assert found[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert found[2].dtype == dtype
+    exact = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5}[dtype]
+    for mine, expected in zip(found[:2], both(plain)[:2], strict=True):
+        torch.testing.assert_close(mine.double(), expected, atol=exact, rtol=exact)
+    torch.testing.assert_close(found[2], both(plain)[2], atol=exact, rtol=exact if exact < 1e-6 else 1e-2)
+
+
+def test_an_id_that_may_not_stand_has_no_chance():
+    logits = torch.zeros(2, 4)
+    found = cross_entropy(logits, torch.tensor([0, 3]), allowed_V=torch.tensor([True, True, False, False]))
+    assert float(found.nll) == math.inf and float(found.entropy) == pytest.approx(2 * math.log(2))
+
+
 def test_entropy_is_that_of_the_distribution():
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0, -math.inf], [3.0, 1.0, 0.0, -1.0, 2.0]])
     found = cross_entropy(logits, torch.tensor([0, 0])).entropy
