@@ -10,6 +10,8 @@ Legend: B rows, T positions, C hidden width, V rows of the output matrix.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,7 @@ from lm import attention
 from vqlm.errors import ConfigError
 
 MARKS = 4  # <bos>, two marks of a picture, <eos>
+Forward = Callable[..., Any]
 TOLERANCE = 2e-3  # of the largest logit: packed rows sum in another order; what is wrong is off by far more
 
 
@@ -53,6 +56,25 @@ def final_logits(config: Any) -> Finish:
     factor = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
     divisor = getattr(config, "logits_scaling", None)
     return Finish(factor, divisor, getattr(config, "final_logit_softcapping", None))
+
+
+@contextmanager
+def exchanged(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
+    """For the length of the block, each of these modules has another `forward`.
+
+    What stands around a module stays as it is: its own hooks, such as a head's between layers.
+    """
+    before = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                del module.forward  # the class's own shows again
+            else:
+                module.forward = forward
 
 
 def attention_mask(config: Any, mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,8 +5,8 @@ Legend: B rows, T positions, W columns, C hidden width, V text ids and marks, K 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from functools import cached_property
 from typing import Any
 
@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lm.architecture import Forward, decoder_layers, exchanged
 from lm.heads import Head
 from lm.heads.depth_transformer import DepthTransformerHead
-from lm.model import MultimodalLM, decoder_layers
+from lm.model import MultimodalLM
 from lm.objectives.full_vocabulary import FullVocabulary
 from lm.objectives.next_token import NextToken
 from lm.packing import Batch
 from lm.tune import row_parameters, undecayed
+from vqlm.errors import ConfigError
 from vqlm.ranks import sum_over_ranks
 from vqlm.shards import held
 from vqlm.training import Budget, Learner
@@ -28,8 +30,9 @@ from vqlm.training import Budget, Learner
 
 class LMLearner(Learner):
     """objective: how a batch becomes losses; recompute: decoder layers keep their inputs alone and run again in the
-    backward pass: memory for one layer instead of all, a third more time (Chen et al. 2016, arXiv 1604.06174); others
-    as in `vqlm.training.Learner`.
+    backward pass: memory for one layer instead of all, a third more time (Chen et al. 2016, arXiv 1604.06174);
+    compile: decoder layers are made into fused kernels by `torch.compile`, which pays on a GPU; others as in
+    `vqlm.training.Learner`.
 
     Weight decay spares vectors and what `lm.tune.undecayed` names; frozen parameters are in no group. Every step is
     logged with the norms of its gradients before clipping: text_rows and image_rows (of embedding and output, a bias
@@ -48,9 +51,10 @@ class LMLearner(Learner):
         max_bad_batches: int = 10,
         average: float | None = None,
         recompute: bool = False,
+        compile: bool = False,
     ):
         super().__init__(model, optimizer, budget, clip, max_bad_batches, average)
-        self.objective, self.recompute = objective, recompute
+        self.objective, self.recompute, self.compiles = objective, recompute, compile
         self.drift = Drift()
         self._found: dict[str, float] = {}
         self.work_has_flops = True
@@ -72,9 +76,27 @@ class LMLearner(Learner):
             {"params": spared, "weight_decay": 0.0},
         ]
 
+    @cached_property
+    def _compiled(self) -> dict[nn.Module, Forward]:
+        """Layer → its compiled `forward`. Made once; layers alike share their kernels. Not the whole model: hooks of
+        heads and of sharding between layers would break the graph anyway, and one layer is compiled in seconds."""
+        try:
+            torch.compile(torch.sin)(torch.ones(2, device=self.device))
+        except Exception as error:  # of whatever compiler is missing
+            raise ConfigError(
+                f"learner.compile=true: torch.compile does not work here ({str(error).splitlines()[0]}). It needs a "
+                "C++ compiler (CXX), on a GPU Triton; learner.compile=false does without"
+            ) from error
+        layers = decoder_layers(self.model.lm.base_model)
+        return {layer: torch.compile(layer.forward) for layer in layers}
+
     def losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
-        layers = decoder_layers(self.model.lm.base_model) if self.recompute else nn.ModuleList()
-        with recomputed(layers):
+        layers = decoder_layers(self.model.lm.base_model)
+        with ExitStack() as stack:
+            if self.compiles:
+                stack.enter_context(exchanged(self._compiled))
+            if self.recompute:
+                stack.enter_context(exchanged({layer: _again(layer.forward) for layer in layers}))
             found = self.objective.losses(self.model, batch)
         self._found = found[1]
         return found
@@ -155,26 +177,12 @@ class Drift:
         return found
 
 
-# --- layers that run again ------------------------------------------------------------------------------------------
+# --- layers that run again -------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def recomputed(layers: nn.ModuleList) -> Iterator[None]:
-    """For the length of the block, each layer's `forward` keeps its inputs alone.
-
-    What stands around the layer, such as a head's hooks between layers, stays outside and is not run again: the hooks
-    of `lm.heads.between_layers` are gone by then, which is why transformers' own gradient checkpointing will not do.
-    """
-    for layer in layers:
-        layer.forward = _again(layer.forward)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward  # the class's own shows again
-
-
-def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
+# A layer's hooks run once: those of `lm.heads.between_layers` are gone in the backward pass, which is why transformers'
+# own gradient checkpointing will not do.
+def _again(forward: Forward) -> Forward:
     def run(*arguments: Any, **named: Any) -> Any:
         return checkpoint(forward, *arguments, use_reentrant=False, **named)
 

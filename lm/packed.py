@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lm import attention, fused
+from lm.architecture import exchanged
 from lm.model import MultimodalLM, Rows
 
 LARGEST = 8 * 2**30  # bytes of weights; a model above keeps its own layout
@@ -96,18 +97,8 @@ class PackedWeights:
     @contextmanager
     def used(self) -> Iterator[None]:
         """For the length of the block the model's layers read packed weights, and no other thread gets here."""
-        with self.lock:
-            before = {part: vars(part).get("forward") for part in self.parts}
-            for part, (_, forward) in self.parts.items():
-                part.forward = forward  # type: ignore[method-assign]
-            try:
-                yield
-            finally:
-                for part, forward in before.items():
-                    if forward is None:
-                        del part.forward  # the class's own shows again
-                    else:
-                        part.forward = forward
+        with self.lock, exchanged({part: forward for part, (_, forward) in self.parts.items()}):
+            yield
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """As `MultimodalLM.text_logits`."""

@@ -1,6 +1,8 @@
 """Objectives against hand-written cross-entropy in float64; memory-saving forms against the plain ones; ranks."""
 
 import math
+import os
+import shutil
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from on_ranks import make_documents
 from tiny import HEADS, make_model
 from torch.nn import functional as F
 
-from lm.learner import Drift, LMLearner, model_flops, norm, parts, recomputed
+from lm.learner import Drift, LMLearner, model_flops, norm, parts
 from lm.model import decoder_layers
 from lm.objectives import scoring, soft_codes
 from lm.objectives.full_vocabulary import FullVocabulary
@@ -17,6 +19,7 @@ from lm.objectives.scoring import Weights, cross_entropy, score
 from lm.objectives.soft_codes import SoftCodes
 from lm.packing import pack
 from lm.sequence import NONE, Image, Text
+from vqlm.errors import ConfigError
 from vqlm.training import Budget
 
 FORMS = {
@@ -329,6 +332,10 @@ def test_soft_codes_without_vectors_or_temperature_are_refused():
 # --- the learner ------------------------------------------------------------------------------------------------------
 
 
+def learner_of(model, **options):
+    return LMLearner(model, NextToken(), torch.optim.AdamW, Budget(batches=1), **options)
+
+
 @pytest.mark.parametrize("form", ["flat", "stacked"])
 @pytest.mark.parametrize("head", HEADS)
 def test_layers_that_run_again_have_the_same_gradients(head, form):
@@ -338,8 +345,7 @@ def test_layers_that_run_again_have_the_same_gradients(head, form):
     calls = []
     layers = decoder_layers(model.lm.base_model)
     handle = layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
-    with recomputed(layers):
-        losses = NextToken().losses(model, batch)[0]
+    losses = learner_of(model, recompute=True).losses(batch)[0]
     assert "forward" not in vars(layers[0])
     found = gradients(model, losses)
     handle.remove()
@@ -347,6 +353,40 @@ def test_layers_that_run_again_have_the_same_gradients(head, form):
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-12, rtol=0, msg=name)
+
+
+@pytest.mark.skipif(
+    not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler"
+)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_layers_have_the_same_gradients_and_share_their_kernels(recompute):
+    from torch._dynamo.utils import counters
+
+    model, batch = made("layered")  # its hooks stand between layers
+    model.train()
+    expected = gradients(model, NextToken().losses(model, batch)[0])
+    torch._dynamo.reset()
+    counters.clear()
+    learner = learner_of(model, recompute=recompute, compile=True)
+    for _ in range(2):
+        found = gradients(model, learner.losses(batch)[0])
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            # not closer: a fused norm rounds to fp32 elsewhere than the layer's own does
+            torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-5, msg=name)
+    assert counters["stats"]["unique_graphs"] == 2  # the one that asks for a compiler, and one for all layers
+    assert not counters["graph_break"]
+    assert "forward" not in vars(decoder_layers(model.lm.base_model)[0])
+
+
+def test_without_a_compiler_the_error_says_what_to_do(monkeypatch):
+    def missing(*_):
+        raise RuntimeError("no C++ compiler\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", missing)
+    model, batch = made()
+    with pytest.raises(ConfigError, match=r"\(no C\+\+ compiler\)\. It needs .* learner.compile=false"):
+        learner_of(model, compile=True).losses(batch)
 
 
 @pytest.mark.parametrize("tied", [True, False])
