@@ -50,11 +50,17 @@ class Claim:
     claim: str
     source: str
     predicted: str
+    experiment: dict[str, Any]  # steps, cells, figures and what has to hold, as the file has them now
     found: dict[str, Any] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
         return self.found.get("verdict", NOT_RUN)
+
+    @property
+    def changed(self) -> bool:
+        """Whether the file is no longer what ran."""
+        return bool(self.found) and self.found.get("experiment") != self.experiment
 
 
 @dataclass(frozen=True)
@@ -90,10 +96,13 @@ class Project:
         kept = self.claims_folder / f"{path.stem}.json"
         try:
             words = {key: " ".join(str(data[key]).split()) for key in ("claim", "source", "predicted")}
+            experiment = {key: data[key] for key in ("steps", "cells", "figures", "holds")}
             found = read_claim(kept) if kept.exists() else {}
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: a claim has claim, source and predicted: {error!r}") from error
-        return Claim(path.stem, **words, found=found)
+            raise ValueError(
+                f"{path}: a claim has claim, source, predicted, steps, cells, figures and holds: {error!r}"
+            ) from error
+        return Claim(path.stem, **words, experiment=experiment, found=found)
 
     def demo(self) -> dict[str, Any] | None:
         path = self.root / "docs/results/demo.json"
@@ -246,12 +255,13 @@ def claims(project: Project, page: Path) -> str:
 
 
 def weighed(claim: Claim) -> str:
-    """The verdict, and of how many comparisons it was made: a claim of many parts fails with one of them."""
-    verdicts = [each["verdict"] for each in claim.found.get("comparisons", [])]
-    counts = Counter(verdicts)
-    if len(counts) < 2:
-        return claim.verdict
-    return f"{claim.verdict} ({', '.join(f'{counts[each]} {each}' for each in VERDICTS if counts[each])})"
+    """The verdict, and of how many comparisons it was made: a claim of many parts fails with one of them. Says where
+    it is of an earlier experiment."""
+    counts = Counter(each["verdict"] for each in claim.found.get("comparisons", []))
+    told = claim.verdict
+    if len(counts) > 1:
+        told += f" ({', '.join(f'{counts[each]} {each}' for each in VERDICTS if counts[each])})"
+    return f"{told}; its file has changed since, run it again" if claim.changed else told
 
 
 def section(claim: Claim, project: Project, page: Path) -> str:

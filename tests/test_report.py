@@ -21,10 +21,18 @@ sys.path.remove(str(ROOT / "benchmarks"))
 
 HELPERS = {"record", "report"}
 SCRIPTS = sorted({path.stem for path in (ROOT / "benchmarks").glob("*.py")} - HELPERS)
-CLAIM = {"claim": "A | B", "source": "somebody 2024", "predicted": "1 dB"}
+WORDS = {"claim": "A | B", "source": "somebody 2024", "predicted": "1 dB"}
+EXPERIMENT = {
+    "steps": {"tokenizer": ["vq-train", "seed={seed}"]},
+    "cells": {"Q = 1": {}, "Q = 2": {"tokenizer": ["quantizer.depth=2"]}},
+    "figures": {"PSNR dB": "tokenizer:psnr", "seconds": "tokenizer:seconds"},
+    "holds": [{"figure": "PSNR dB", "cell": "Q = 2", "than": "Q = 1", "least": 0.5}],
+}
+CLAIM = {**WORDS, **EXPERIMENT}
 RUN = {
     "name": "depth",
-    **CLAIM,
+    **WORDS,
+    "experiment": EXPERIMENT,
     "command": "vqlm-claim experiment/claims=depth",
     "size": "laptop",
     "seeds": [0, 1, 2],
@@ -218,6 +226,15 @@ def test_a_new_claim_changes_the_page_until_it_is_run(small: Project):
     made = report.rendered(small, page)
     assert made != read(small, "docs/claims.md")
     assert "## other" in made and "vqlm-claim experiment/claims=other" in made and "**not run**" in made
+
+
+@pytest.mark.parametrize("part", EXPERIMENT)
+def test_a_claim_that_changed_since_it_ran_says_so(small: Project, part: str):
+    page = small.root / "docs/claims.md"
+    assert "has changed since" not in read(small, "docs/claims.md")
+    other = {**CLAIM, part: {**EXPERIMENT[part], "more": []} if part != "holds" else []}
+    write(small.root / "conf/experiment/claims/depth.yaml", yaml.safe_dump(other))
+    assert report.rendered(small, page).count("; its file has changed since, run it again") == 2
 
 
 def test_one_seed_has_no_spread_and_a_run_may_have_been_stopped(small: Project):

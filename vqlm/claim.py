@@ -66,6 +66,7 @@ def claim(
         "source": source,
         "predicted": predicted,
         "size": chosen,
+        "experiment": {"steps": steps, "cells": cells, "figures": figures, "holds": holds},
     }
 
     def conclude(whole: list[int]) -> None:
