@@ -5,7 +5,8 @@
     lm-evaluate model=runs/lm/model store=runs/store images=openmoji          drawings against the pictures themselves
     lm-evaluate model=runs/lm/model store=runs/store texts=wordnet base=DIR
 
-Leaves metrics.json and samples.png in `out`. `lm-train` ends with the same functions.
+Leaves metrics.json and samples.png in `out`, with drawings=true every drawing too. `lm-train` ends with the same
+functions.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from vqlm.command import command
 from vqlm.errors import ConfigError
-from vqlm.files import write_json
+from vqlm.files import new_folder, write_json
 
 # torch, transformers and all that: seconds, which `--help` and a mistyped key do not wait for. Functions import them.
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     import lm.metrics
     import lm.texts
@@ -55,6 +56,7 @@ def evaluate(
     heldout_captions: int,
     heldout_texts: int,
     context: int,
+    drawings: bool,
     seed: int,
     out: str,
     device: vqlm.hardware.Device,
@@ -91,7 +93,8 @@ def evaluate(
     if heldout:
         chosen = [heldout[i] for i in metrics.spread(len(heldout), heldout_texts)]
         extra["text"] = kept(pipeline, chosen, base, Path(model).parent / "metrics.json", context)
-    report(pipeline, store, Path(out), train_captions, heldout_captions, seed, extra, images)
+    kept_in = Path(out) / "drawings" if drawings else None
+    report(pipeline, store, Path(out), train_captions, heldout_captions, seed, extra, images, kept_in)
 
 
 # --- plain text ---------------------------------------------------------------------------------------------------
@@ -161,12 +164,14 @@ def report(
     seed: int,
     extra: dict[str, Any] | None = None,
     images: lm.metrics.ImageData | None = None,
+    drawings: Path | None = None,
 ) -> dict[str, Any]:
     """Measure; write metrics.json and samples.png; print a table. Returns the metrics.
 
     Drawn pictures are compared with the whole set as the image tokenizer reconstructs it: a store holds no pixels. Of a
     store that is read in parts a sample of each split stands for it. images: the pictures that the store was made of;
-    drawings, and reconstructions, are then compared with those too. ConfigError where they are others.
+    drawings, and reconstructions, are then compared with those too. ConfigError where they are others. drawings: a
+    folder for each split's drawings, as `images=folder` reads it.
     """
     from lm import metrics
     from lm.data import open_store, read_pairs
@@ -199,6 +204,8 @@ def report(
             result[name]["captioning"] = metrics.captioning(pipeline, pairs, count)
             if len(grids := metrics.by_grid(pairs)) > 1:
                 result[name]["pictures"] = {f"{h}x{w}": len(own) for (h, w), own in grids.items()}
+            if drawings is not None:
+                save_drawings(pipeline, drawn, [pairs.texts[i] for i in chosen], drawings / name)
             shown = metrics.spread(len(chosen), 32 if name == "train" else 16)
             pictures += [each for i in shown for each in pipeline.show(drawn[i][None])]
             told = "" if name == "train" else " (held out)" if name == "heldout" else " (style held out)"
@@ -210,6 +217,17 @@ def report(
         sheet(pictures, labels).save(out / "samples.png")
     print(table(result))
     return result
+
+
+def save_drawings(pipeline: Pipeline, drawn: Sequence[Tensor], captions: Sequence[str], folder: Path) -> None:
+    """Pixels (3,H,W) and captions → 0000.png … and metadata.jsonl, in place of what an earlier run left there."""
+    with new_folder(folder) as part:
+        rows = []
+        for number, (x_CHW, caption) in enumerate(zip(drawn, captions, strict=True)):
+            row = {"file_name": f"{number:04}.png", "text": caption}
+            pipeline.show(x_CHW[None])[0].save(part / row["file_name"])
+            rows.append(json.dumps(row, ensure_ascii=False))
+        (part / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def in_parts(train: Pairs, heldout: Pairs, known: set[str]) -> dict[str, Pairs]:

@@ -19,6 +19,7 @@ from lm.metrics import (
     draw,
     drawing,
     saturation,
+    spread,
     wavelet_distance,
     wavelets,
 )
@@ -28,7 +29,7 @@ from lm.texts import NoTexts
 from vq.data import ImageData, ImageFolder
 from vq.drivers import Local
 from vq.encode import encode
-from vq.images import from_bytes
+from vq.images import from_bytes, to_pixels
 from vq.metrics import frechet_wavelet_distance, psnr
 from vqlm.errors import ConfigError
 
@@ -228,6 +229,7 @@ def run(road, out, **changes):
         "heldout_captions": 2,
         "heldout_texts": 5,
         "context": 64,
+        "drawings": False,
     }
     given |= {
         "model": str(road.bundle),
@@ -265,6 +267,28 @@ def test_a_bundle_is_measured_as_it_was_asked_to_draw(road, pictures, tmp_path, 
         assert told["fwd_set"] == told["real"]["fwd_set"] == 48
         assert told["seconds_a_picture"] > 0 and 0 < told["distinct"] <= 1
     assert "of 2 drawings to 48 real pictures" in capsys.readouterr().out
+
+
+def test_drawings_are_kept_as_a_folder_of_pictures(road, tmp_path):
+    run(road, tmp_path, heldout_captions=0)
+    assert not (tmp_path / "drawings").exists()
+    run(road, tmp_path, drawings=True, train_captions=4)
+    run(road, tmp_path, drawings=True)  # takes the place of the four
+    for split, count in (("train", 3), ("heldout", 2)):
+        _, pairs = read(road, split)
+        chosen = spread(len(pairs), count)
+        found = ImageFolder(tmp_path / "drawings" / split).pictures()
+        assert [each.caption for each in found] == [pairs.texts[i] for i in chosen]
+        drawn = draw(road.pipe, pairs, chosen, 0)
+        expected = {
+            pair: x
+            for grid, own in drawn.pairs.items()
+            for pair, x in zip(own, drawn.pixels[grid], strict=True)
+        }
+        for each, pair in zip(found, chosen, strict=True):
+            torch.testing.assert_close(
+                to_pixels(each.load()), expected[pair].clamp(-1, 1), atol=1.1 / 255, rtol=0
+            )
 
 
 @pytest.mark.parametrize(
