@@ -8,6 +8,7 @@ the JSON files that are kept beside it:
     <!-- report: benchmark NAME -->     benchmarks/results/NAME.json
     <!-- report: claims -->             conf/experiment/claims/*.yaml and docs/results/claims/*.json
     <!-- report: measured -->           docs/results/demo.json, each benchmark's finding, the count of claims
+    <!-- report: run NAME FOLDER -->    docs/results/NAME.json: what lm-train found, fetched from FOLDER
     <!-- end -->
 
 Runs that are newer than what is kept are fetched from runs/ first: runs/demo/metrics.json, and runs/claims/*/claim.json
@@ -17,6 +18,7 @@ benchmark and no claim.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -32,7 +34,7 @@ import yaml
 from PIL import Image
 from record import ROOT, Result, Table, told
 
-from vqlm.files import new_file, read_json, write_text
+from vqlm.files import new_file, read_json, write_json, write_text
 
 BLOCK = re.compile(
     r"(?P<begin><!-- report: (?P<name>[^>]+?) -->\n)(?P<made>.*?)(?P<end><!-- end -->)", re.DOTALL
@@ -137,6 +139,12 @@ def fetch(project: Project, runs: Path) -> None:
     """Keep what is newer in runs than in docs/results."""
     if _newer(runs / "demo/metrics.json", kept := project.root / "docs/results/demo.json"):
         shutil.copyfile(runs / "demo/metrics.json", kept)
+    for page in project.pages():
+        for block in BLOCK.finditer(page.read_text(encoding="utf-8")):
+            kind, _, told = block["name"].partition(" ")
+            if kind == "run":
+                name, _, folder = told.partition(" ")
+                fetch_training(project, name, project.root / folder)
     for path in sorted(runs.glob("claims/*/claim.json")):
         found = read_claim(path)
         kept = project.claims_folder / f"{found['name']}.json"
@@ -146,6 +154,24 @@ def fetch(project: Project, runs: Path) -> None:
             shutil.copyfile(path, kept)
             _keep_picture(path.with_name("claim.png"), kept.with_suffix(".png"))
             _keep_picture(path.with_name("pictures.png"), kept.with_name(f"{kept.stem}-pictures.png"))
+
+
+def fetch_training(project: Project, name: str, run: Path) -> None:
+    """metrics.json and retention.jsonl as one file; samples.png, reduced."""
+    kept = project.root / f"docs/results/{name}.json"
+    if not (run / "metrics.json").exists():
+        return
+    found: dict[str, Any] = {"metrics": read_json(run / "metrics.json"), "retention": []}
+    if (run / "retention.jsonl").exists():
+        lines = (run / "retention.jsonl").read_text(encoding="utf-8").splitlines()
+        found["retention"] = [json.loads(line) for line in lines]
+    if kept.exists() and (
+        read_json(kept) == found or (run / "metrics.json").stat().st_mtime < kept.stat().st_mtime
+    ):
+        return
+    write_json(kept, found)
+    if (run / "samples.png").exists():
+        _keep_picture(run / "samples.png", kept.with_suffix(".png"))
 
 
 def _newer(path: Path, kept: Path) -> bool:
@@ -183,10 +209,12 @@ def rendered(project: Project, page: Path) -> str:
         kind, _, name = block["name"].partition(" ")
         if kind == "benchmark" and name:
             made = benchmark(project, page, name)
+        elif kind == "run" and name:
+            made = training(project, name.partition(" ")[0])
         elif block["name"] in makers:
             made = makers[kind](project, page)
         else:
-            known = ", ".join(["benchmark NAME", *makers])
+            known = ", ".join(["benchmark NAME", "run NAME FOLDER", *makers])
             raise ValueError(f"{page}: <!-- report: {block['name']} --> is not known; there are {known}")
         return f"{block['begin']}{made}\n{block['end']}"
 
@@ -239,6 +267,51 @@ def demo_lines(metrics: dict[str, Any] | None) -> list[str]:
             f"the ten nearest to what was drawn (chance {found['chance']:.2%})"
         )
     return lines
+
+
+SPLITS = {"train": "training", "heldout": "held-out things", "heldout_style": "held-out styles"}
+
+
+def training(project: Project, name: str) -> str:
+    """What a run of lm-train found: its drawings and captions, the course of plain text, what it took."""
+    path = project.root / f"docs/results/{name}.json"
+    if not path.exists():
+        return f"**{NOT_RUN}**"
+    try:
+        kept = read_json(path)
+        return "\n\n".join(_training(kept["metrics"], kept["retention"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: not what lm-train leaves: {type(error).__name__}: {error}") from error
+
+
+def _training(metrics: dict[str, Any], retention: list[dict[str, Any]]) -> list[str]:
+    rows = []
+    for split in filter(metrics.__contains__, SPLITS):
+        found, drawn = metrics[split], metrics[split]["drawing"]
+        styles = "–"
+        if "variants" in drawn:
+            styles = f"{drawn['variant_followed']:.0%} ({drawn['variant_chance']:.0%})"
+        near = f"{drawn['among_ten_nearest']:.1%} ({drawn['chance']:.1%})"
+        words = found["captioning"]
+        told = [f"{found['image_bits']:.3g}", f"{words['exact']:.0%}", f"{words['word_f1']:.2f}"]
+        rows.append([f"{SPLITS[split]}, {drawn['captions']}", near, f"{drawn['nearest']:.0%}", styles, *told])
+    columns = ["captions", "drawn picture among the ten nearest (by chance)", "the nearest"]
+    columns += ["captioned variant followed (by chance)", "bits a code", "captions to the word", "word F1"]
+    run, parts = metrics["run"], [markdown(Table("", columns, rows))]
+    if "text" in metrics:
+        before, after = metrics["text"].get("before"), metrics["text"]["after"]
+        course = [["before", _short(before["perplexity"])]] if before else []
+        between = [each for each in retention if 0 < each["batch"] < run["batches"]]
+        course += [[f"after {each['batch']:,} batches", _short(each["perplexity"])] for each in between]
+        ratio = f": times {metrics['text']['ratio']:.2f}" if before else ""
+        course.append(["at the end", f"{_short(after['perplexity'])}{ratio}"])
+        title = f"perplexity of {after['texts']} held-out texts"
+        parts.append(markdown(Table("", ["", title], course)))
+    cost = f"{run['batches']:,} batches, {run['documents']:,} documents, {run['minutes']:.0f} minutes"
+    return [
+        *parts,
+        f"{cost}; {run['trained_parameters'] / 1e6:.0f} of {run['parameters'] / 1e6:.0f} M weights trained.",
+    ]
 
 
 # --- claims ---------------------------------------------------------------------------------------------------

@@ -95,6 +95,30 @@ DEMO = {
 }
 
 
+DRAWING = {"captions": 64, "among_ten_nearest": 0.75, "nearest": 0.5, "chance": 0.017}
+WORDS_READ = {"image_bits": 1.25, "captioning": {"exact": 0.05, "word_f1": 0.731}}
+TRAINED = {
+    "run": {
+        "batches": 601,
+        "documents": 9616,
+        "minutes": 52.1,
+        "parameters": 135_698_115,
+        "trained_parameters": 2e6,
+    },
+    "text": {
+        "before": {"perplexity": 217.32},
+        "after": {"perplexity": 184.24, "texts": 500},
+        "ratio": 0.8478,
+    },
+    "heldout": {
+        **WORDS_READ,
+        "drawing": {**DRAWING, "variants": 9, "variant_followed": 0.8, "variant_chance": 0.5},
+    },
+    "train": {**WORDS_READ, "drawing": DRAWING},
+}
+RETENTION = [{"batch": n, "perplexity": value} for n, value in ((0, 217.32), (300, 365.9), (601, 184.24))]
+
+
 def write(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
@@ -218,6 +242,24 @@ def test_a_claim_says_what_was_compared_with_its_bounds_and_verdict(small: Proje
     assert "| seconds: Q = 2 / Q = 1 | ≤ 1.3 | 1.25 | – to – | too small to tell here |" in text
     assert "| Q = 1 | 21 ± 1 (3) | – |" in text and "| Q = 2 | 23 ± 0 (3) | 0.5 |" in text
     assert "3 seeds, size laptop, 12.3 minutes. cores 2, device cpu, torch 2.13.0." in text
+
+
+def test_a_run_of_training_is_fetched_told_and_kept(small: Project):
+    page = write(small.root / "docs/emoji.md", "<!-- report: run emoji runs/lm -->\n<!-- end -->\n")
+    assert "**not run**" in report.rendered(small, page)
+    write(small.root / "runs/lm/metrics.json", json.dumps(TRAINED))
+    write(small.root / "runs/lm/retention.jsonl", "\n".join(map(json.dumps, RETENTION)))
+    write(small.root / "docs/results/emoji.png", "a picture from elsewhere")
+    report.fetch(small, small.root / "runs")
+    made = report.rendered(small, page)
+    assert "| training, 64 | 75.0% (1.7%) | 50% | – | 1.25 | 5% | 0.73 |\n| held-out things, 64 |" in made
+    assert "| 75.0% (1.7%) | 50% | 80% (50%) | 1.25 |" in made
+    assert "| before | 217.3 |\n| after 300 batches | 365.9 |\n| at the end | 184.2: times 0.85 |\n" in made
+    assert "held-out texts" in made and "601 batches, 9,616 documents, 52 minutes; 2 of 136 M weights" in made
+    assert (small.root / "docs/results/emoji.png").exists()
+    write(small.root / "docs/results/emoji.json", "{}")
+    with pytest.raises(ValueError, match=r"emoji.json: not what lm-train leaves: KeyError"):
+        report.rendered(small, page)
 
 
 def test_a_new_claim_changes_the_page_until_it_is_run(small: Project):
