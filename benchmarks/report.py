@@ -30,7 +30,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
 from PIL import Image
 from record import ROOT, Result, Table, told
 
@@ -40,6 +40,7 @@ BLOCK = re.compile(
     r"(?P<begin><!-- report: (?P<name>[^>]+?) -->\n)(?P<made>.*?)(?P<end><!-- end -->)", re.DOTALL
 )
 NOT_RUN = "not run"
+EXPERIMENT = ("steps", "cells", "figures", "holds")
 VERDICTS = ("holds", "fails", "too small to tell here", NOT_RUN)
 WIDEST = 1000  # pixels of a picture that is kept
 
@@ -52,7 +53,7 @@ class Claim:
     claim: str
     source: str
     predicted: str
-    experiment: dict[str, Any]  # steps, cells, figures and what has to hold, as the file has them now
+    data: dict[str, Any]  # the file as it is now
     found: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -62,7 +63,9 @@ class Claim:
     @property
     def changed(self) -> bool:
         """Whether the file is no longer what ran."""
-        return bool(self.found) and self.found.get("experiment") != self.experiment
+        now = {key: self.data[key] for key in EXPERIMENT}
+        now["more"] = self.data.get("sizes", {}).get(self.found.get("size"), {})
+        return bool(self.found) and self.found.get("experiment") != now
 
 
 @dataclass(frozen=True)
@@ -94,17 +97,19 @@ class Project:
         return [self._claim(path) for path in sorted((self.root / "conf/experiment/claims").glob("*.yaml"))]
 
     def _claim(self, path: Path) -> Claim:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data: Any = OmegaConf.to_container(OmegaConf.load(path))  # as vqlm-claim reads it: 1e-3 is a number
         kept = self.claims_folder / f"{path.stem}.json"
         try:
             words = {key: " ".join(str(data[key]).split()) for key in ("claim", "source", "predicted")}
-            experiment = {key: data[key] for key in ("steps", "cells", "figures", "holds")}
+            missing = [key for key in EXPERIMENT if key not in data]
+            if missing:
+                raise KeyError(", ".join(missing))
             found = read_claim(kept) if kept.exists() else {}
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}: a claim has claim, source, predicted, steps, cells, figures and holds: {error!r}"
             ) from error
-        return Claim(path.stem, **words, experiment=experiment, found=found)
+        return Claim(path.stem, **words, data=data, found=found)
 
     def demo(self) -> dict[str, Any] | None:
         path = self.root / "docs/results/demo.json"
@@ -328,8 +333,8 @@ def claims(project: Project, page: Path) -> str:
 
 
 def weighed(claim: Claim) -> str:
-    """The verdict, and of how many comparisons it was made: a claim of many parts fails with one of them. Says where
-    it is of an earlier experiment."""
+    """The verdict, and of how many comparisons it was made: a claim of many parts fails with one of them; and whether
+    its file has changed since it ran."""
     counts = Counter(each["verdict"] for each in claim.found.get("comparisons", []))
     told = claim.verdict
     if len(counts) > 1:

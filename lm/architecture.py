@@ -65,15 +65,14 @@ def exchanged(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
     What stands around a module stays as it is: its own hooks, such as a head's between layers.
     """
     before = {module: vars(module).get("forward") for module in forwards}
-    for module, forward in forwards.items():
-        module.forward = forward  # type: ignore[method-assign]
     try:
+        for module, forward in forwards.items():
+            module.forward = forward  # type: ignore[method-assign]
         yield
     finally:
         for module, forward in before.items():
-            if forward is None:
-                del module.forward  # the class's own shows again
-            else:
+            vars(module).pop("forward", None)  # the class's own shows again
+            if forward is not None:
                 module.forward = forward
 
 

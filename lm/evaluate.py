@@ -12,7 +12,7 @@ functions.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +70,8 @@ def evaluate(
         raise ConfigError(
             f"train_captions={train_captions}, heldout_captions={heldout_captions}: not negative"
         )
+    if drawings and (there := Path(out, "drawings")).exists() and not there.is_dir():
+        raise ConfigError(f"drawings=true: {there} is in the way; name another out=")
     if heldout_texts < 1 or context < 2:
         raise ConfigError(f"heldout_texts={heldout_texts}: at least 1; context={context}: at least 2")
     sampling: dict[str, Any] = {
@@ -93,8 +95,7 @@ def evaluate(
     if heldout:
         chosen = [heldout[i] for i in metrics.spread(len(heldout), heldout_texts)]
         extra["text"] = kept(pipeline, chosen, base, Path(model).parent / "metrics.json", context)
-    kept_in = Path(out) / "drawings" if drawings else None
-    report(pipeline, store, Path(out), train_captions, heldout_captions, seed, extra, images, kept_in)
+    report(pipeline, store, Path(out), train_captions, heldout_captions, seed, extra, images, drawings)
 
 
 # --- plain text ---------------------------------------------------------------------------------------------------
@@ -164,14 +165,14 @@ def report(
     seed: int,
     extra: dict[str, Any] | None = None,
     images: lm.metrics.ImageData | None = None,
-    drawings: Path | None = None,
+    drawings: bool = False,
 ) -> dict[str, Any]:
     """Measure; write metrics.json and samples.png; print a table. Returns the metrics.
 
     Drawn pictures are compared with the whole set as the image tokenizer reconstructs it: a store holds no pixels. Of a
     store that is read in parts a sample of each split stands for it. images: the pictures that the store was made of;
-    drawings, and reconstructions, are then compared with those too. ConfigError where they are others. drawings: a
-    folder for each split's drawings, as `images=folder` reads it.
+    drawings, and reconstructions, are then compared with those too. ConfigError where they are others. drawings:
+    leave them in out/drawings too, a folder for each split, as `images=folder` reads it.
     """
     from lm import metrics
     from lm.data import open_store, read_pairs
@@ -194,6 +195,7 @@ def report(
     counts = {name: train_captions if name == "train" else heldout_captions for name in parts}
     gallery = Gallery.of(pipeline, list(parts.values()) if any(counts.values()) else [], originals)
     pictures, labels = [], []
+    kept: dict[str, tuple[list[Tensor], list[str]]] = {}
     first: dict[Grid, int] = {}
     for name, pairs in parts.items():
         count = counts[name]
@@ -204,8 +206,7 @@ def report(
             result[name]["captioning"] = metrics.captioning(pipeline, pairs, count)
             if len(grids := metrics.by_grid(pairs)) > 1:
                 result[name]["pictures"] = {f"{h}x{w}": len(own) for (h, w), own in grids.items()}
-            if drawings is not None:
-                save_drawings(pipeline, drawn, [pairs.texts[i] for i in chosen], drawings / name)
+            kept[name] = (drawn, [pairs.texts[i] for i in chosen])
             shown = metrics.spread(len(chosen), 32 if name == "train" else 16)
             pictures += [each for i in shown for each in pipeline.show(drawn[i][None])]
             told = "" if name == "train" else " (held out)" if name == "heldout" else " (style held out)"
@@ -215,19 +216,26 @@ def report(
     write_json(out / "metrics.json", result)
     if pictures:
         sheet(pictures, labels).save(out / "samples.png")
+    if drawings:
+        save_drawings(pipeline, kept, out / "drawings")
     print(table(result))
     return result
 
 
-def save_drawings(pipeline: Pipeline, drawn: Sequence[Tensor], captions: Sequence[str], folder: Path) -> None:
-    """Pixels (3,H,W) and captions → 0000.png … and metadata.jsonl, in place of what an earlier run left there."""
+def save_drawings(
+    pipeline: Pipeline, drawn: Mapping[str, tuple[list[Tensor], list[str]]], folder: Path
+) -> None:
+    """Of each split pixels (3,H,W) and captions → SPLIT/0000.png … and metadata.jsonl, in place of what an earlier run
+    left there."""
     with new_folder(folder) as part:
-        rows = []
-        for number, (x_CHW, caption) in enumerate(zip(drawn, captions, strict=True)):
-            row = {"file_name": f"{number:04}.png", "text": caption}
-            pipeline.show(x_CHW[None])[0].save(part / row["file_name"])
-            rows.append(json.dumps(row, ensure_ascii=False))
-        (part / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        for split, (pixels, captions) in drawn.items():
+            (part / split).mkdir()
+            rows = []
+            for number, (x_CHW, caption) in enumerate(zip(pixels, captions, strict=True)):
+                row = {"file_name": f"{number:04}.png", "text": caption}
+                pipeline.show(x_CHW[None])[0].save(part / split / row["file_name"])
+                rows.append(json.dumps(row, ensure_ascii=False))
+            (part / split / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def in_parts(train: Pairs, heldout: Pairs, known: set[str]) -> dict[str, Pairs]:

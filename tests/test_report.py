@@ -32,7 +32,7 @@ CLAIM = {**WORDS, **EXPERIMENT}
 RUN = {
     "name": "depth",
     **WORDS,
-    "experiment": EXPERIMENT,
+    "experiment": {**EXPERIMENT, "more": {}},
     "command": "vqlm-claim experiment/claims=depth",
     "size": "laptop",
     "seeds": [0, 1, 2],
@@ -266,7 +266,7 @@ def test_a_new_claim_changes_the_page_until_it_is_run(small: Project):
     write(small.root / "conf/experiment/claims/other.yaml", yaml.safe_dump(CLAIM))
     page = small.root / "docs/claims.md"
     made = report.rendered(small, page)
-    assert made != read(small, "docs/claims.md")
+    assert made != read(small, "docs/claims.md") and "changed since" not in made
     assert "## other" in made and "vqlm-claim experiment/claims=other" in made and "**not run**" in made
 
 
@@ -277,6 +277,23 @@ def test_a_claim_that_changed_since_it_ran_says_so(small: Project, part: str):
     other = {**CLAIM, part: {**EXPERIMENT[part], "more": []} if part != "holds" else []}
     write(small.root / "conf/experiment/claims/depth.yaml", yaml.safe_dump(other))
     assert report.rendered(small, page).count("; its file has changed since, run it again") == 2
+
+
+@pytest.mark.parametrize(("size", "changed"), [("laptop", 2), ("gpu", 0)])
+def test_words_of_another_size_do_not_count(small: Project, size: str, changed: int):
+    other = {**CLAIM, "sizes": {size: {"tokenizer": ["learner.optimizer.lr=1e-3"]}}}
+    write(small.root / "conf/experiment/claims/depth.yaml", yaml.safe_dump(other))
+    made = report.rendered(small, small.root / "docs/claims.md")
+    assert made.count("its file has changed since") == changed
+
+
+def test_numbers_of_a_claim_are_read_as_its_command_reads_them(small: Project):
+    run = json.loads(json.dumps(RUN))
+    run["experiment"]["holds"][0]["least"] = 1e-3
+    write(small.claims_folder / "depth.json", json.dumps(run))
+    path = small.root / "conf/experiment/claims/depth.yaml"
+    write(path, path.read_text().replace("least: 0.5", "least: 1e-3"))
+    assert "changed since" not in report.rendered(small, small.root / "docs/claims.md")
 
 
 def test_one_seed_has_no_spread_and_a_run_may_have_been_stopped(small: Project):

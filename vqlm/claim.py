@@ -66,7 +66,13 @@ def claim(
         "source": source,
         "predicted": predicted,
         "size": chosen,
-        "experiment": {"steps": steps, "cells": cells, "figures": figures, "holds": holds},
+        "experiment": {
+            "steps": steps,
+            "cells": cells,
+            "figures": figures,
+            "holds": holds,
+            "more": sizes.get(chosen, {}),  # words of this size
+        },
     }
 
     def conclude(whole: list[int]) -> None:

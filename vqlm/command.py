@@ -263,7 +263,7 @@ def check_run_folder(out: str, config: Mapping[str, Any], free: tuple[str, ...] 
     if not out or (folder.exists() and not folder.is_dir()):
         raise ConfigError(f"out={out}: must be a folder, there already or not")
     saved = folder / "config.yaml"
-    if saved.is_file() and set(_read_config(saved)) != set(config):
+    if saved.is_file() and not set(_read_config(saved)) <= set(config):  # an older version had fewer keys
         raise ConfigError(f"out={out}: the folder was left by another command; name another one")
     # what is being written, or was when a process was killed, does not count
     if not folder.exists() or all(files.LEFTOVER.match(each.name) for each in folder.iterdir()):
@@ -326,7 +326,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any], ignored: set[str]) -> list[str]:
     before = {key: value for key, value in _leaves(old) if key.split(".")[0] not in ignored}
     after = {key: value for key, value in _leaves(new) if key.split(".")[0] not in ignored}
-    keys = [*before, *(key for key in after if key not in before)]
+    # an option that the run did not know yet, and that is off (not 0: a number), is what it did
+    new_keys = [key for key in after if not (key in before or after[key] is None or after[key] is False)]
+    keys = [*before, *new_keys]
     absent = "(not there)"
     return [
         f"{key}: {schema.show(before.get(key, absent))} → {schema.show(after.get(key, absent))}"

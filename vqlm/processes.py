@@ -55,4 +55,11 @@ def _told_of_our_end() -> Callable[[], object] | None:
     if sys.platform != "linux":
         return None
     prctl, PR_SET_PDEATHSIG = ctypes.CDLL(None).prctl, 1  # looked up here: little is safe after a fork
-    return lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    parent = os.getpid()
+
+    def ask() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # killed before we could ask
+            os._exit(1)
+
+    return ask

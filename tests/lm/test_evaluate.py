@@ -291,6 +291,12 @@ def test_drawings_are_kept_as_a_folder_of_pictures(road, tmp_path):
             )
 
 
+def test_a_file_in_the_way_of_drawings_is_told_first(road, tmp_path):
+    (tmp_path / "drawings").write_text("mine")
+    with pytest.raises(ConfigError, match="drawings is in the way; name another out="):
+        run(road, tmp_path, drawings=True, model="nowhere")
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

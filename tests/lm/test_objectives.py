@@ -10,6 +10,7 @@ from on_ranks import make_documents
 from tiny import HEADS, make_model
 from torch.nn import functional as F
 
+from lm.architecture import exchanged
 from lm.learner import Drift, LMLearner, model_flops, norm, parts
 from lm.model import decoder_layers
 from lm.objectives import scoring, soft_codes
@@ -145,9 +146,14 @@ def gradients(model, losses):
 @pytest.mark.parametrize("chunk", [1, 700, 1500])
 def test_logits_made_in_parts_have_the_same_loss_and_gradients(chunk, monkeypatch):
     model, batch = made("layered")
-    largest = []
+    largest, widths = [], {}
     plain = scoring.cross_entropy
-    watched = lambda logits, *rest: largest.append(logits.numel()) or plain(logits, *rest)  # noqa: E731
+
+    def watched(logits, *rest):
+        largest.append(logits.numel())
+        widths[logits.shape[1]] = max(len(logits), widths.get(logits.shape[1], 0))
+        return plain(logits, *rest)
+
     monkeypatch.setattr(scoring, "cross_entropy", watched)
 
     def legal_in_parts():
@@ -162,9 +168,10 @@ def test_logits_made_in_parts_have_the_same_loss_and_gradients(chunk, monkeypatc
     }
     for whole, in_parts in roads.values():
         expected_loss, expected = whole(), gradients(model, whole())
-        largest.clear()
+        largest.clear(), widths.clear()
         found_loss, found = in_parts(), gradients(model, in_parts())
         assert max(largest) <= max(chunk, model.form.vocabulary.size)
+        assert all(rows <= max(1, chunk // width) for width, rows in widths.items())
         assert len(largest) > 8
         for name, loss in expected_loss.items():
             torch.testing.assert_close(found_loss[name], loss, atol=1e-12, rtol=1e-12)
@@ -192,13 +199,14 @@ def test_parts_keep_no_logits_for_the_backward_pass():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("some", [False, True], ids=["all compete", "some compete"])
-def test_the_competition_is_logsumexp_and_gather_and_so_are_its_gradients(some, dtype, monkeypatch):
+@pytest.mark.parametrize("block", [3 * 40, 7])  # three rows at once, then one; less than a row
+def test_the_competition_is_logsumexp_and_gather_and_so_are_its_gradients(some, dtype, block, monkeypatch):
     random = torch.Generator().manual_seed(0)
     logits_NV = (5 * torch.randn(7, 40, generator=random)).to(dtype)
     allowed_V = torch.rand(40, generator=random) < 0.6 if some else None
     targets_N = torch.arange(40)[allowed_V if some else slice(None)][:7]
     to_z_N, to_chosen_N = torch.randn(2, 7, generator=random)
-    monkeypatch.setattr(scoring, "BLOCK", 3 * 40)  # three rows at once, then one
+    monkeypatch.setattr(scoring, "BLOCK", block)
 
     def plain(x_NV):
         x_NV = x_NV.double()
@@ -209,6 +217,7 @@ def test_the_competition_is_logsumexp_and_gather_and_so_are_its_gradients(some, 
         x_NV = logits_NV.clone().requires_grad_()
         z_N, chosen_N = road(x_NV)
         ((z_N * to_z_N).sum() + (chosen_N * to_chosen_N).sum()).backward()
+        assert torch.equal(x_NV.detach(), logits_NV)
         return z_N, chosen_N, x_NV.grad
 
     found = both(lambda x_NV: scoring.Competition.apply(x_NV, targets_N, allowed_V))
@@ -220,10 +229,23 @@ def test_the_competition_is_logsumexp_and_gather_and_so_are_its_gradients(some, 
     torch.testing.assert_close(found[2], both(plain)[2], atol=exact, rtol=exact if exact < 1e-6 else 1e-2)
 
 
-def test_an_id_that_may_not_stand_has_no_chance():
-    logits = torch.zeros(2, 4)
+def test_an_id_that_may_not_stand_has_no_chance_and_no_slope():
+    logits = torch.zeros(2, 4, requires_grad=True)
     found = cross_entropy(logits, torch.tensor([0, 3]), allowed_V=torch.tensor([True, True, False, False]))
-    assert float(found.nll) == math.inf and float(found.entropy) == pytest.approx(2 * math.log(2))
+    assert float(found.nll.detach()) == math.inf and float(found.entropy) == pytest.approx(2 * math.log(2))
+    found.nll.backward()
+    assert logits.grad.tolist() == [[-0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0]]
+
+
+def test_sums_over_bf16_logits_are_taken_in_fp32():
+    random = torch.Generator().manual_seed(0)
+    logits_NV, soft_NV = 5 * torch.randn(2, 64, 300, generator=random)
+    logits_NV, soft_NV = logits_NV.bfloat16(), soft_NV.softmax(-1)
+    targets_N = torch.randint(300, (64,), generator=random)
+    found = cross_entropy(logits_NV, targets_N, soft_NV)
+    expected = cross_entropy(logits_NV.double(), targets_N, soft_NV.double())
+    for name in ("nll", "z", "entropy", "soft"):
+        assert float(getattr(found, name)) == pytest.approx(float(getattr(expected, name)), rel=1e-5), name
 
 
 def test_entropy_is_that_of_the_distribution():
@@ -332,6 +354,14 @@ def test_soft_codes_without_vectors_or_temperature_are_refused():
 # --- the learner ------------------------------------------------------------------------------------------------------
 
 
+def numbers_kept(learner, batch):
+    """For the backward pass."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        learner.losses(batch)
+    return sum(kept)
+
+
 def learner_of(model, **options):
     return LMLearner(model, NextToken(), torch.optim.AdamW, Budget(batches=1), **options)
 
@@ -342,8 +372,7 @@ def test_layers_that_run_again_have_the_same_gradients(head, form):
     model, batch = made(head, form)
     model.train()
     expected = gradients(model, NextToken().losses(model, batch)[0])
-    calls = []
-    layers = decoder_layers(model.lm.base_model)
+    calls, layers = [], decoder_layers(model.lm.base_model)
     handle = layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
     losses = learner_of(model, recompute=True).losses(batch)[0]
     assert "forward" not in vars(layers[0])
@@ -374,9 +403,19 @@ def test_compiled_layers_have_the_same_gradients_and_share_their_kernels(recompu
         for name, gradient in expected.items():
             # not closer: a fused norm rounds to fp32 elsewhere than the layer's own does
             torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-5, msg=name)
+    if recompute:  # the layers' inputs alone are kept
+        assert 3 * numbers_kept(learner, batch) < numbers_kept(learner_of(model), batch)
     assert counters["stats"]["unique_graphs"] == 2  # the one that asks for a compiler, and one for all layers
     assert not counters["graph_break"]
     assert "forward" not in vars(decoder_layers(model.lm.base_model)[0])
+
+
+def test_a_block_that_fails_leaves_every_layer_its_own_forward():
+    layers = decoder_layers(made()[0].lm.base_model)
+    with pytest.raises(KeyError), exchanged(dict.fromkeys(layers, print)):
+        assert layers[0].forward is print
+        raise KeyError
+    assert not any("forward" in vars(layer) for layer in layers)
 
 
 def test_without_a_compiler_the_error_says_what_to_do(monkeypatch):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import pytest
 import yaml
 
 from vqlm import schema
-from vqlm.command import build, check, command
+from vqlm.command import build, check, check_run_folder, command, open_run_folder
 from vqlm.errors import ConfigError, nearest
 
 TOY = '''
@@ -531,3 +532,21 @@ def test_nearest():
     assert nearest("size", ["images.size", "seed"]) == "; did you mean 'images.size'?"
     assert nearest("zzz", ["images", "seed"]) == ""
     assert nearest("x", []) == ""
+
+
+@pytest.mark.parametrize(
+    ("added", "said"), [(False, None), (None, None), (True, "learner.compile"), (0, "learner.compile")]
+)
+def test_a_run_of_an_older_version_goes_on_where_what_is_new_is_off(added, said, tmp_path):
+    old = {"resume": "auto", "out": "", "learner": {"clip": 1.0}}
+    open_run_folder(str(tmp_path), old)
+    new = {**old, "learner": {"clip": 1.0, "compile": added}, "device": "cpu"}
+    with nullcontext() if said is None else pytest.raises(ConfigError, match=rf"{said}: \(not there\) → "):
+        check_run_folder(str(tmp_path), new, ("device",))
+
+
+def test_a_folder_of_an_older_version_is_of_the_same_command(tmp_path):
+    open_run_folder(str(tmp_path), {"model": "a", "out": ""})
+    check_run_folder(str(tmp_path), {"model": "b", "out": "", "drawings": False})
+    with pytest.raises(ConfigError, match="another command"):
+        check_run_folder(str(tmp_path), {"tokenizer": "b", "out": ""})

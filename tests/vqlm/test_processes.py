@@ -16,8 +16,13 @@ processes.COMMANDS["sleeper"] = "sleeper"
 processes.run("a long training", "sleeper", [sys.argv[1]])
 """
 SLEEPER = """
-import os, sys, time
+import os, signal, sys, time
 
+def save(*_):
+    open(sys.argv[1] + ".saved", "w").close()
+    sys.exit(143)
+
+signal.signal(signal.SIGTERM, save)
 open(sys.argv[1], "w").write(str(os.getpid()))
 time.sleep(60)
 """
@@ -51,3 +56,4 @@ def test_a_killed_command_leaves_no_training_behind(tmp_path):
     starter.send_signal(signal.SIGKILL)
     starter.wait()
     wait_for(lambda: not alive(pid))
+    assert (tmp_path / "pid.saved").exists()  # it was told to stop, as by a signal
