@@ -31,7 +31,7 @@ from vqlm.training import Budget, Learner
 class LMLearner(Learner):
     """objective: how a batch becomes losses; recompute: decoder layers keep their inputs alone and run again in the
     backward pass: memory for one layer instead of all, a third more time (Chen et al. 2016, arXiv 1604.06174);
-    compile: decoder layers are made into fused kernels by `torch.compile`, which pays on a GPU; others as in
+    compile_layers: decoder layers are made into fused kernels by `torch.compile`, which pays on a GPU; others as in
     `vqlm.training.Learner`.
 
     Weight decay spares vectors and what `lm.tune.undecayed` names; frozen parameters are in no group. Every step is
@@ -51,10 +51,10 @@ class LMLearner(Learner):
         max_bad_batches: int = 10,
         average: float | None = None,
         recompute: bool = False,
-        compile: bool = False,
+        compile_layers: bool = False,
     ):
         super().__init__(model, optimizer, budget, clip, max_bad_batches, average)
-        self.objective, self.recompute, self.compiles = objective, recompute, compile
+        self.objective, self.recompute, self.compiles = objective, recompute, compile_layers
         self.drift = Drift()
         self._found: dict[str, float] = {}
         self.work_has_flops = True
@@ -84,8 +84,8 @@ class LMLearner(Learner):
             torch.compile(torch.sin)(torch.ones(2, device=self.device))
         except Exception as error:  # of whatever compiler is missing
             raise ConfigError(
-                f"learner.compile=true: torch.compile does not work here ({str(error).splitlines()[0]}). It needs a "
-                "C++ compiler (CXX), on a GPU Triton; learner.compile=false does without"
+                f"learner.compile_layers=true: torch.compile does not work here ({str(error).splitlines()[0]}). It "
+                "needs a C++ compiler (CXX), on a GPU Triton; learner.compile_layers=false does without"
             ) from error
         layers = decoder_layers(self.model.lm.base_model)
         return {layer: torch.compile(layer.forward) for layer in layers}

@@ -396,7 +396,7 @@ def test_compiled_layers_have_the_same_gradients_and_share_their_kernels(recompu
     expected = gradients(model, NextToken().losses(model, batch)[0])
     torch._dynamo.reset()
     counters.clear()
-    learner = learner_of(model, recompute=recompute, compile=True)
+    learner = learner_of(model, recompute=recompute, compile_layers=True)
     for _ in range(2):
         found = gradients(model, learner.losses(batch)[0])
         assert found.keys() == expected.keys()
@@ -424,8 +424,10 @@ def test_without_a_compiler_the_error_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", missing)
     model, batch = made()
-    with pytest.raises(ConfigError, match=r"\(no C\+\+ compiler\)\. It needs .* learner.compile=false"):
-        learner_of(model, compile=True).losses(batch)
+    with pytest.raises(
+        ConfigError, match=r"\(no C\+\+ compiler\)\. It needs a C\+\+ .* learner.compile_layers=false"
+    ):
+        learner_of(model, compile_layers=True).losses(batch)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -535,12 +535,13 @@ def test_nearest():
 
 
 @pytest.mark.parametrize(
-    ("added", "said"), [(False, None), (None, None), (True, "learner.compile"), (0, "learner.compile")]
+    ("added", "said"),
+    [(False, None), (None, None), (True, "learner.compile_layers"), (0, "learner.compile_layers")],
 )
 def test_a_run_of_an_older_version_goes_on_where_what_is_new_is_off(added, said, tmp_path):
     old = {"resume": "auto", "out": "", "learner": {"clip": 1.0}}
     open_run_folder(str(tmp_path), old)
-    new = {**old, "learner": {"clip": 1.0, "compile": added}, "device": "cpu"}
+    new = {**old, "learner": {"clip": 1.0, "compile_layers": added}, "device": "cpu"}
     with nullcontext() if said is None else pytest.raises(ConfigError, match=rf"{said}: \(not there\) → "):
         check_run_folder(str(tmp_path), new, ("device",))
 
