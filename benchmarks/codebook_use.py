@@ -1,7 +1,8 @@
 """How many codes of a codebook are used, how evenly, and at what PSNR? Ours, the library's replacement, and others.
 
     python benchmarks/codebook_use.py                          # the OpenMoji drawings, about 25 minutes on 2 cores
-    python benchmarks/codebook_use.py --images DIR             # a folder of photos, cut into tiles of 64 px
+    python benchmarks/codebook_use.py --images photos          # landscapes, fetched once (70 MB), in tiles of 64 px
+    python benchmarks/codebook_use.py --images DIR             # a folder of photos of your own
     python benchmarks/codebook_use.py --sizes 1024 4096 --methods ours library
 
 Prediction, to be held against the table that it prints, wherever there are ten times as many patches as codes: ours
@@ -55,12 +56,14 @@ from vq.losses import Loss
 from vq.losses.codes import Codes
 from vq.losses.reconstruction import Squared
 from vq.metrics import CodeUse, psnr
+from vq.photos import LAND, PACKAGE
 from vq.quantizers import Quantizer
 from vq.quantizers.ibq import IndexBackpropagationQuantizer
 from vq.quantizers.library import FiniteScalarQuantizer, SimVQQuantizer
 from vq.quantizers.nearest import nearest_codes
 from vq.quantizers.residual import ResidualQuantizer
 from vq.tokenizer import ImageTokenizer
+from vqlm.fetch import debian_package, user_cache
 from vqlm.files import write_json
 from vqlm.hardware import Hardware, detect
 from vqlm.training import Budget, fit
@@ -139,6 +142,10 @@ class Tiles:
 
 
 def read(images: str) -> tuple[PictureSet, PictureSet]:
+    if images == "photos":
+        images = str(
+            debian_package(PACKAGE, LAND, "70 MB", user_cache(), "name a folder of photos: --images DIR")
+        )
     data = ImageData(OpenMoji() if images == "openmoji" else Tiles(images), SIZE, holdout=0.2)
     data.setup()
     return data.train, data.heldout
@@ -335,7 +342,7 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--batches", type=int, default=200, help="of training, for each cell (default 200)")
     parser.add_argument("--batch-size", type=int, default=16, help="pictures (default 16)")
-    parser.add_argument("--images", default="openmoji", help="openmoji, or a folder of photos")
+    parser.add_argument("--images", default="openmoji", help="openmoji, photos, or a folder of photos")
     runs = Path("runs/codebook_use")
     parser.add_argument(
         "--runs", type=Path, default=runs, help=f"keeps cells.json and use.png (default {runs})"
@@ -344,7 +351,7 @@ def main() -> int:
     asked = parser.parse_args()
     if min(asked.batches, asked.batch_size) < 1:
         parser.error("--batches and --batch-size: at least 1")
-    images = asked.images if asked.images == "openmoji" else Path(asked.images).resolve().name
+    images = asked.images if asked.images in ("openmoji", "photos") else Path(asked.images).resolve().name
     settings = {"images": images, "batches": asked.batches, "batch_size": asked.batch_size}
     target = asked.runs / "cells.json"
     cells: list[dict[str, Any]] = json.loads(target.read_text())["cells"] if target.exists() else []
