@@ -10,6 +10,7 @@ Legend: B rows, T positions, C hidden width, V rows of the output matrix.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lm import attention
+from lm.cache import PADDING, RowCache
 from vqlm.errors import ConfigError
 
 MARKS = 4  # <bos>, two marks of a picture, <eos>
@@ -105,9 +107,10 @@ def check_logits(lm: PreTrainedModel) -> None:
     """Refuse a model for which our way of computing logits is not its own.
 
     Two short random texts are packed into one row, with a block mask, as in training; each must get the logits that
-    the model itself gives when it reads it alone. That fails where something stands between trunk and output rows,
-    where the finish is unknown, and where the mask does not keep texts apart (recurrent layers, positions that are
-    counted along the row).
+    the model itself gives when it reads it alone, and so must their last ids, read from a cache as in drawing. That
+    fails where something stands between trunk and output rows, where the finish is unknown, where the mask does not
+    keep texts apart (recurrent layers, positions that are counted along the row), and where layers keep more than
+    keys and values.
 
     Raises:
         ConfigError: names the architecture and what differs.
@@ -122,7 +125,9 @@ def check_logits(lm: PreTrainedModel) -> None:
     try:
         logits = None if _looks_ahead(lm) else _both_ways(lm)
     except Exception as error:  # each architecture has its own way to refuse inputs
-        raise ConfigError(f"{name} cannot be run on rows with a block mask: {error}") from error
+        raise ConfigError(
+            f"{name} cannot be run on rows with a block mask, or not from a cache: {error}"
+        ) from error
     finally:
         lm.train(training)
     if logits is None:
@@ -131,8 +136,8 @@ def check_logits(lm: PreTrainedModel) -> None:
     difference = float((theirs - ours).abs().max()) / max(1e-3, float(theirs.abs().max()))
     if not difference < TOLERANCE:
         raise ConfigError(
-            f"{name}: two texts packed into one row get other logits (by {difference:.2g} of the largest) than the "
-            "model gives to each alone: it scores ids in a way that is not known here, or its layers do not "
+            f"{name}: two texts packed into one row, or cached, get other logits (by {difference:.2g} of the largest) "
+            "than the model gives to each alone: it scores ids in a way that is not known here, or its layers do not "
             "follow a mask. Another architecture is needed"
         )
 
@@ -147,28 +152,46 @@ def _looks_ahead(lm: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def _both_ways(lm: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """Logits (T,V) of two texts: read alone by the model, and packed by us."""
+    """Logits of two texts: read alone by the model, and packed by us; then of their last ids, from a cache of ours."""
     device = lm.device
-    decoder_layers(lm.base_model)
+    layers = len(decoder_layers(lm.base_model))
     rows = lm.get_input_embeddings()
     output: Any = lm.get_output_embeddings()
+
+    def read(ids_1T: Tensor, mask_TS: Tensor, position_T: Tensor, cache: RowCache | None) -> Tensor:
+        embedded_BTC = rows(ids_1T)
+        hidden_BTC = lm.base_model(
+            inputs_embeds=embedded_BTC,
+            attention_mask=attention_mask(lm.config, mask_TS[None, None].to(device), embedded_BTC.dtype),
+            position_ids=position_T[None].to(device),
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+        scores_TV = F.linear(hidden_BTC[0], output.weight, getattr(output, "bias", None))
+        return final_logits(lm.config)(scores_TV).float()
+
     random = torch.Generator().manual_seed(0)
     texts = [
         torch.randint(0, min(1000, output.weight.shape[0]), (1, n), generator=random).to(device)
         for n in (5, 7)
     ]
-    theirs = torch.cat([lm(input_ids=text, use_cache=False).logits[0] for text in texts])
-    document_T = torch.repeat_interleave(torch.arange(2), torch.tensor([5, 7])).to(device)
-    mask_TT = (document_T[:, None] == document_T) & torch.ones(12, 12, dtype=torch.bool, device=device).tril()
-    embedded_BTC = rows(torch.cat(texts, 1))
-    hidden_BTC = lm.base_model(
-        inputs_embeds=embedded_BTC,
-        attention_mask=attention_mask(lm.config, mask_TT[None, None], embedded_BTC.dtype),
-        position_ids=torch.cat([torch.arange(5), torch.arange(7)])[None].to(device),
-        use_cache=False,
-    ).last_hidden_state
-    bias = getattr(output, "bias", None)
-    return theirs.float(), final_logits(lm.config)(F.linear(hidden_BTC[0], output.weight, bias)).float()
+    theirs = [lm(input_ids=text, use_cache=False).logits[0].float() for text in texts]
+    document_T = torch.repeat_interleave(torch.arange(2), torch.tensor([5, 7]))
+    mask_TT = (document_T[:, None] == document_T) & torch.ones(12, 12, dtype=torch.bool).tril()
+    packed = read(torch.cat(texts, 1), mask_TT, torch.cat([torch.arange(5), torch.arange(7)]), None)
+    cache, last = RowCache(layers), []
+    cache.reserve(2, 7)
+    for row, text in enumerate(texts):
+        for position_T in torch.arange(text.shape[1]).tensor_split(
+            [text.shape[1] - 1]
+        ):  # all but the last; the last
+            slots_T = position_T + 1
+            limit = cache.enter(slice(row, row + 1), slots_T[None].to(device))
+            mask_TS = torch.arange(limit) <= slots_T[:, None]
+            mask_TS[:, PADDING] = False
+            logits_TV = read(text[:, position_T.to(device)], mask_TS, position_T, cache)
+        last.append(logits_TV[-1:])
+    return torch.cat([*theirs, *(text[-1:] for text in theirs)]), torch.cat([packed, *last])
 
 
 def check_context(config: Any, picture_length: int, longest_document: int | None = None) -> None:
@@ -179,8 +202,7 @@ def check_context(config: Any, picture_length: int, longest_document: int | None
         picture_length: positions of the longest picture, marks not counted.
         longest_document: positions of the longest document, where it is known.
 
-    Positions are counted from 0 in each document, so it is documents that must fit, not packed rows. Layers with a
-    sliding window see the whole document through our mask, which is what they were trained on only within a window.
+    Positions are counted from 0 in each document, so it is documents that must fit, not packed rows.
 
     Raises:
         ConfigError: with the numbers.
@@ -188,18 +210,64 @@ def check_context(config: Any, picture_length: int, longest_document: int | None
     picture = picture_length + MARKS
     needed = max(picture, longest_document or 0)
     what = "one picture alone takes" if needed == picture else "the longest document takes"
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and needed > positions:
+    for name, positions in limits(config).items():
+        if needed > positions:
+            raise ConfigError(
+                f"{what} {needed} positions, {LIMITS[name]} {positions} ({name}): "
+                "use a layout with fewer positions a picture, a smaller grid, shorter texts or another model"
+            )
+
+
+def check_widths(lm: PreTrainedModel, head: nn.Module) -> None:
+    """Refuse a head with modules of its own on a trunk whose rows are not as wide as its layers (OPT-350m)."""
+    layers, rows = lm.config.hidden_size, lm.get_input_embeddings().weight.shape[1]  # type: ignore[union-attr]
+    if layers != rows and any(True for _ in head.parameters()):
         raise ConfigError(
-            f"{what} {needed} positions, the language model has {positions} (max_position_embeddings): "
-            "use a layout with fewer positions a picture, a smaller grid, shorter texts or another model"
+            f"{type(lm).__name__}: its rows are {rows} wide and its layers {layers}, and {type(head).__name__} stands "
+            "on both; head=linear works on it"
         )
-    window = sliding_window(config)
-    if window is not None and needed > window:
-        raise ConfigError(
-            f"{what} {needed} positions, layers of the language model see {window} (sliding_window): "
-            "use a layout with fewer positions a picture, a smaller grid, shorter texts or another model"
-        )
+
+
+LIMITS = {  # what a document must not be longer than: name in the configuration → what it says of the model
+    "max_position_embeddings": "the language model has",
+    "sliding_window": "layers of the language model see",  # in ours the whole document, which they never learnt
+    "window_size": "layers of the language model see",  # GPT-Neo: cut by a slot of the cache, not by a position
+    "keep_window_size": "layers of the language model look at no more than",  # Doge: the most likely ones
+    # LongRoPE (arXiv 2402.13753) has two sets of frequencies. transformers chooses by the largest position of a batch:
+    # a short document would be read otherwise beside a long one, and what is cached otherwise than what follows.
+    "original_max_position_embeddings": "the language model turns positions in one way up to",
+}
+
+
+def limits(config: Any) -> dict[str, int]:
+    """Those of `LIMITS` that a configuration has."""
+    local = "local" in (getattr(config, "attention_layers", None) or ())
+    found = {
+        "max_position_embeddings": getattr(config, "max_position_embeddings", None),
+        "sliding_window": sliding_window(config),
+        "window_size": getattr(config, "window_size", None) if local else None,
+        "keep_window_size": getattr(config, "keep_window_size", None),
+        "original_max_position_embeddings": _longrope(config),
+    }
+    return {name: positions for name, positions in found.items() if positions is not None}
+
+
+def most_positions(config: Any) -> int:
+    """Positions that a document can have; without end where the configuration does not say."""
+    return min(limits(config).values(), default=sys.maxsize)
+
+
+def _longrope(config: Any) -> int | None:
+    """Positions from which LongRoPE turns all of them in its other way, or None without it."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [
+        rope,
+        *(each for each in rope.values() if isinstance(each, Mapping)),
+    ]  # one, or one for a kind of layers
+    found = [kind for kind in kinds if kind.get("rope_type") == "longrope"]
+    own = getattr(config, "original_max_position_embeddings", None)
+    switches = [kind.get("original_max_position_embeddings", own) for kind in found]
+    return min((each for each in switches if each is not None), default=None)
 
 
 def sliding_window(config: Any) -> int | None:

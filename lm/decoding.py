@@ -11,7 +11,6 @@ V ids, S slots of the cache.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lm import attention
-from lm.architecture import decoder_layers
+from lm.architecture import decoder_layers, most_positions
 from lm.cache import PADDING, RowCache
 from lm.grammar import DONE, SIZE, TEXT, grammar_of
 from lm.logits import draw, guide, guide_edit, guide_projected, min_p, temper, top_k, top_p
@@ -138,11 +137,6 @@ def positions_needed(drawing: Drawing, form: SequenceFormat) -> int:
     return len(drawing.prompt) + max(drawing.least_images, int(opened)) * form.longest_marked
 
 
-def positions_of(model: MultimodalLM) -> int:
-    """How many positions the language model has; without end where its configuration does not say."""
-    return getattr(model.lm.config, "max_position_embeddings", None) or sys.maxsize
-
-
 class Branch:
     """One row of the cache: what it has read, and what it is to read next."""
 
@@ -224,7 +218,7 @@ class Decoder:
             self.grammar.text_mask(self.device),
             self.grammar.size_mask(self.device),
         )
-        self.positions = positions_of(model)
+        self.positions = most_positions(model.lm.config)
         self.plans = [tuple(plan_W) for plan_W in self.grammar.depth_SW.tolist()]
         self.forced = self.grammar.forced_S.tolist()
 
@@ -235,6 +229,12 @@ class Decoder:
         """ValueError on a prompt that breaks the grammar, or has opened a picture where none is wanted, and where the
         model has too few positions for the prompt and the pictures that are owed. Text ends where they are used up.
         """
+        needed, prompt = positions_needed(drawing, self.form), len(drawing.prompt)
+        if needed > self.positions:
+            raise ValueError(
+                f"the prompt has {prompt} positions and its pictures need {needed - prompt}: the language model has "
+                f"{self.positions} in all. Shorten the prompt, or ask for fewer pictures"
+            )
         row = Row(drawing, self.grammar.start(drawing.prompt.ids_TW))
         opened = row.state >= 0 or row.state == SIZE
         if (
@@ -244,12 +244,6 @@ class Decoder:
         ):
             raise ValueError(
                 "a prompt must stop in text, or where a wanted image begins: not after <eos>, not inside"
-            )
-        needed, prompt = positions_needed(drawing, self.form), len(drawing.prompt)
-        if needed > self.positions:
-            raise ValueError(
-                f"the prompt has {prompt} positions and its pictures need {needed - prompt}: the language model has "
-                f"{self.positions} in all. Shorten the prompt, or ask for fewer pictures"
             )
         if opened:
             self._open(row)

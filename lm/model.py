@@ -39,6 +39,8 @@ class MultimodalLM(nn.Module):
             )
         self.lm, self.head, self.form = lm, head, form
         self.finish = final_logits(lm.config)
+        given: Any = lm.get_input_embeddings()
+        given.padding_idx = None  # an id that may be one of ours; torch would keep its row from being trained
         self.held_rows = 0  # input and output rows below it are not trained (`lm.tune`)
 
     def teach(self, ids_BTW: Tensor, next_BTW: Tensor, mask: Tensor, positions_BT: Tensor) -> Predicted:

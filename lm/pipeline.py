@@ -121,7 +121,14 @@ class Translator:
             raise ValueError(str(error)) from error
 
     def encode_text(self, text: str) -> list[int]:
-        """A user's text → ids; names of special tokens in it stay ordinary text."""
+        """A user's text → ids; names of special tokens in it stay ordinary text. ValueError on what is no Unicode."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"character {error.start} of a text is {text[error.start]!a}: a byte that is no UTF-8, or half of a "
+                "surrogate pair. Give the text as UTF-8"
+            ) from error
         return text_to_ids(self.tokenizer, text)
 
     def encode_image(self, picture: PILImage.Image) -> Image:

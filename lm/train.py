@@ -61,7 +61,7 @@ def train(
     checkpoint_minutes: float,
 ) -> None:
     """Train a language model to read and write text and pictures, then measure it."""
-    from lm.architecture import check_context
+    from lm.architecture import check_context, check_widths
     from lm.data import Encoded, PairsInParts, identity, open_store, read_documents, read_pairs
     from lm.evaluate import report
     from lm.mixture import DocumentBatches
@@ -108,6 +108,7 @@ def train(
         hidden_size=extended.lm.config.hidden_size,
         trunk_layers=len(decoder_layers(extended.lm.base_model)),
     )
+    check_widths(extended.lm, made)
     pipeline = Pipeline.assemble(extended, made, layout, images, codes.grids, sampling, picture_attention)
     form, encode = pipeline.model.form, pipeline.encode_text
     read = read_pairs if codes.in_memory else PairsInParts

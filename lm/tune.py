@@ -91,7 +91,9 @@ class LoRA(Tune):
         from peft.tuners.lora import LoraLayer
 
         trunk: Any = model.lm.base_model
-        for name, layer in list(trunk.named_modules()):
+        for name, layer in reversed(
+            list(trunk.named_modules())
+        ):  # experts are wrapped once for each parameter
             if isinstance(layer, LoraLayer):
                 layer.merge(safe_merge=True)
                 holder, _, own = name.rpartition(".")

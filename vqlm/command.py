@@ -208,14 +208,17 @@ def run(made: Command, config: dict[str, Any]) -> None:
         _seed(config["seed"])
     built = schema.build(config, packages=made.packages)
     fresh = out is not None and not Path(out, "config.yaml").exists()
-    if out is not None:
-        open_run_folder(out, saved, alone=saved == config)
-    try:
-        made.function(**schema.convert(built, made.function))
-    except Exception:
-        if fresh and out is not None:
-            _close_run_folder(Path(out))
-        raise
+    alone = saved == config
+    trains = alone and "resume" in config  # others may share a folder: many encode into one store
+    with held(out) if out is not None and trains else contextlib.nullcontext():
+        if out is not None:
+            open_run_folder(out, saved, alone)
+        try:
+            made.function(**schema.convert(built, made.function))
+        except Exception:
+            if fresh and out is not None:
+                _close_run_folder(Path(out))
+            raise
 
 
 def _run_folder(config: Mapping[str, Any]) -> str | None:
@@ -283,6 +286,41 @@ def check_run_folder(out: str, config: Mapping[str, Any], free: tuple[str, ...] 
             + "\n  ".join(changes)
             + "\nName another out=, or give the same values to go on with that run."
         )
+
+
+@contextlib.contextmanager
+def held(out: str) -> Iterator[None]:
+    """For the length of the block no other process holds this folder: two would overwrite each other's checkpoints.
+
+    The lock is the system's, so it ends with the process, however that ends. Where a system or a file system has none,
+    and where there can be no folder, nothing is held.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    folder = None
+    try:
+        with contextlib.suppress(OSError):
+            Path(out).mkdir(parents=True, exist_ok=True)
+            folder = os.open(out, os.O_RDONLY)
+            _lock(folder, out)
+        yield
+    finally:
+        if folder is not None:
+            os.close(folder)
+
+
+def _lock(folder: int, out: str) -> None:
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"out={out}: another run is writing there now; wait until it has ended, or name another folder"
+        ) from error
 
 
 def open_run_folder(out: str, config: Mapping[str, Any], alone: bool = True) -> None:

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
-from lm.decoding import Drawing, Sampling, positions_needed, positions_of
+from lm.architecture import most_positions
+from lm.decoding import Drawing, Sampling, positions_needed
 from lm.pipeline import Pipeline
 from lm.sequence import Grid, Image, Text
 from lm.serve.engine import Engine, Work
@@ -61,7 +62,7 @@ class Desk:
 
     def check_length(self, drawing: Drawing) -> None:
         """Refuse what the model has too few positions for; text ends where they are used up."""
-        most, length = positions_of(self.pipeline.model), positions_needed(drawing, self.form)
+        most, length = most_positions(self.pipeline.model.lm.config), positions_needed(drawing, self.form)
         if length > most:
             raise Refused(
                 f"Prompt and pictures take {length} positions, this model has {most}.",
