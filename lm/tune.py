@@ -6,6 +6,7 @@ is saved (`finish`), so that a bundle does not show how it was trained. It does 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -76,7 +77,10 @@ class LoRA(Tune):
             target_modules=self.targets or "all-linear",
         )
         try:
-            inject_adapter_in_model(config, trunk)
+            with warnings.catch_warnings():
+                # of ranks that peft itself writes for the joined matrices of experts, and then does not find
+                warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+                inject_adapter_in_model(config, trunk)
         except ValueError as error:
             names = {name.rpartition(".")[2] for name, m in trunk.named_modules() if is_linear(m)}
             raise ConfigError(

@@ -181,6 +181,11 @@ def test_text_documents(form):
     assert whole > 10 and len(windows) > 10
 
 
+def test_a_long_text_is_read_to_its_end(form):
+    data = batches(form, {"text": 1.0}, count=32, texts=[list(range(21))], longest_text=20)
+    assert {segments[0].ids[0] for segments, _ in written(data[0], form)} == {0, 1}
+
+
 def test_edits_read_a_picture_and_an_instruction_and_learn_the_other_picture(form):
     made = pairs(kin=4)
     made.captions[1] = made.captions[0]  # the same caption is no edit

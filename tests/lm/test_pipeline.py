@@ -90,6 +90,13 @@ def test_impossible_requests_are_refused(bundle, options, name):
         Pipeline.from_pretrained(bundle).generate("a", **options)
 
 
+@pytest.mark.parametrize("prompt", ["half \ud83e", "caf\udce9"])
+def test_a_prompt_that_is_no_unicode_is_refused_with_its_place(bundle, prompt):
+    place = next(i for i, letter in enumerate(prompt) if ord(letter) >= 0xD800)
+    with pytest.raises(ValueError, match=rf"character {place} of a text .*Give the text as UTF-8"):
+        Pipeline.from_pretrained(bundle).generate(prompt)
+
+
 def test_complete_goes_on_from_text_and_pictures(bundle):
     pipe = Pipeline.from_pretrained(bundle)
     kinds = set()

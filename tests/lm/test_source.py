@@ -6,13 +6,21 @@ import time
 
 import pytest
 import torch
-from tiny import write_gguf
+from tiny import make_head, write_gguf
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lm import architecture, source
-from lm.architecture import attention_mask, check_context, check_logits, final_logits
+from lm.architecture import (
+    attention_mask,
+    check_context,
+    check_logits,
+    check_widths,
+    final_logits,
+    most_positions,
+)
+from lm.cache import _RowLayer
 from lm.rows import Codebook, Small, Statistics, add_rows, code_vectors
 from lm.source import Gguf, HuggingFace, Pictures, Scratch, check_round_trip
 from lm.vocab import IMAGE_START, ids_to_text, text_to_ids
@@ -112,7 +120,7 @@ def test_all_ways_to_finish_logits_are_known():
     [
         ("bert", {"is_decoder": False}, "looks ahead"),
         ("recurrent_gemma", {}, "two texts packed"),
-        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "two texts packed"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "cannot be run on rows"),
         ("bloom", {}, "cannot be run on rows"),
     ],
 )
@@ -148,6 +156,57 @@ def test_a_context_that_is_too_small_is_refused_with_the_numbers():
             check_context(make(family).config, 16)
     check_context(make("qwen2", sliding_window=16, use_sliding_window=False).config, 100)
     check_context(make("gemma3_text", layer_types=["full_attention"] * 2).config, 100)
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "rope_theta": 1e4}
+BOUNDED = {
+    "gpt_neo": {
+        "num_layers": 2,
+        "num_heads": 2,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 24,
+    },
+    "doge": {"keep_window_size": 24},
+    "phi3": {"original_max_position_embeddings": 24, "rope_parameters": LONGROPE},
+    "llama": {"rope_parameters": {**LONGROPE, "original_max_position_embeddings": 24}},
+    "mistral": {"sliding_window": 24},
+}
+
+
+@pytest.mark.parametrize("family", BOUNDED)
+def test_documents_are_bounded_by_what_changes_a_model_behind_some_position(family):
+    """transformers itself reads a beginning of 24 ids otherwise when more ids follow, or caches them otherwise."""
+    config = make(family, **BOUNDED[family]).config
+    check_context(config, 20)
+    assert most_positions(config) == 24
+    with pytest.raises(ConfigError, match=r"takes 25 positions.* 24 \((?!max_position)\w+\)"):
+        check_context(config, 21)
+
+
+def test_what_does_not_bind_a_model_does_not_bound_its_documents():
+    everywhere = {**BOUNDED["gpt_neo"], "attention_types": [[["global"], 2]]}
+    assert most_positions(make("gpt_neo", **everywhere).config) > 24
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24, "rope_theta": 1e4}
+    assert most_positions(make("llama", rope_parameters=yarn).config) > 24
+
+
+def test_a_cache_that_is_not_read_as_it_was_written_is_noticed(monkeypatch):
+    lm = make("llama")
+    check_logits(lm)
+    true = _RowLayer.update
+    monkeypatch.setattr(
+        _RowLayer, "update", lambda *given, **more: tuple(0 * x for x in true(*given, **more))
+    )
+    with pytest.raises(ConfigError, match="or cached, get other logits"):
+        check_logits(lm)
+
+
+def test_rows_of_another_width_than_the_layers_go_with_the_linear_head_alone():
+    lm = make("opt", word_embed_proj_dim=16)
+    check_widths(lm, make_head("linear", 2, trunk_layers=2))
+    check_widths(make("opt"), make_head("parallel", 2, trunk_layers=2))
+    with pytest.raises(ConfigError, match=r"16 wide and its layers 32.*ParallelHead.*head=linear"):
+        check_widths(lm, make_head("parallel", 2, trunk_layers=2))
 
 
 @pytest.mark.parametrize("name", ["scratch", "scratch_reordered", "scratch_smoke"])
@@ -407,10 +466,12 @@ def test_rows_from_the_codebook_go_to_the_codes(tmp_path):
     torch.testing.assert_close(ratio, ratio.mean().expand(len(ratio)), rtol=1e-3, atol=0)
 
 
-def test_ids_with_gaps_are_refused(tmp_path):
-    made = Tokenizer(models.BPE({"a": 0, "b": 7}, []))
+@pytest.mark.parametrize("largest", [2, 7])
+def test_ids_with_gaps_are_refused(largest, tmp_path):
+    made = Tokenizer(models.BPE({"a": 0, "b": largest}, []))
     refused(
-        folder_of(tmp_path / "m", tokenizer=PreTrainedTokenizerFast(tokenizer_object=made)), "2 ids, .* is 7"
+        folder_of(tmp_path / "m", tokenizer=PreTrainedTokenizerFast(tokenizer_object=made)),
+        f"2 ids, .* is {largest}",
     )
 
 

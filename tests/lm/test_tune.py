@@ -122,6 +122,39 @@ def base(name):
     return f"lm.model.layers.0.self_attn.{name}.base_layer.weight"
 
 
+def test_lora_on_experts_is_merged_too():
+    """Their matrices are parameters of one module, which peft wraps once for each."""
+    experts = {
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    }
+    model = make({**QWEN, **experts})
+    before, tune = state(model), LoRA(rank=2)
+    tune.prepare(model, model.form.vocabulary.image_start)
+    assert any("experts" in name and "lora_" in name for name in state(model))
+    step(model)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        adapted = model.eval().lm(input_ids=ids).logits
+        tune.finish(model)
+        torch.testing.assert_close(model.lm(input_ids=ids).logits, adapted, atol=1e-4, rtol=1e-4)
+    assert set(state(model)) == set(before)
+    assert any("experts" in name for name in moved(before, state(model)))
+
+
+def test_the_row_of_a_padding_id_is_trained_as_any_other():
+    form, _ = make_format()
+    size = form.vocabulary.size
+    lm = from_scratch({**QWEN, "tie_word_embeddings": False, "pad_token_id": size - 1}, size, 0)
+    model = MultimodalLM(lm, make_head("linear", form.width), form)
+    picture = Image(torch.full((*form.grid, form.vocabulary.depth), 15))  # its last id is the padding id
+    loss = NextToken().losses(model, pack([form.lay([picture])], form, 64))[0]
+    sum(loss.values()).backward()
+    assert float(lm.get_input_embeddings().weight.grad[-1].abs().max()) > 0
+
+
 def test_a_merged_model_is_a_plain_folder(tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lm.vocab import Vocabulary, extend, ids_to_text, text_to_ids, train_text_tokenizer
 
@@ -88,3 +89,11 @@ def test_json_round_trip_and_impossible_ranges(extended):
     assert Vocabulary.from_json(vocabulary.to_json()) == vocabulary
     with pytest.raises(ValueError, match="special ids"):
         Vocabulary(0, 1, 2, 3, 99, 10, 16, 3)
+
+
+def test_an_unknown_character_stays_unknown():
+    """And is not spelt out, as the names of special tokens are."""
+    made = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "u": 2, "n": 3, "k": 4}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+    assert text_to_ids(tokenizer, "a é u") == [1, 0, 2]

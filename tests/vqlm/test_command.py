@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from vqlm import schema
-from vqlm.command import build, check, check_run_folder, command, open_run_folder
+from vqlm.command import build, check, check_run_folder, command, held, open_run_folder
 from vqlm.errors import ConfigError, nearest
 
 TOY = '''
@@ -551,3 +551,26 @@ def test_a_folder_of_an_older_version_is_of_the_same_command(tmp_path):
     check_run_folder(str(tmp_path), {"model": "b", "out": "", "drawings": False})
     with pytest.raises(ConfigError, match="another command"):
         check_run_folder(str(tmp_path), {"tokenizer": "b", "out": ""})
+
+
+HOLD = """import sys, time
+from vqlm.command import held
+with held(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_is_held_by_one_process_until_that_ends(tmp_path):
+    out = tmp_path / "run"
+    with held(str(out)):
+        refused = subprocess.run([sys.executable, "-c", HOLD, str(out)], capture_output=True, text=True)
+        assert "another run is writing there now" in refused.stderr and "held" not in refused.stdout
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(out)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    with pytest.raises(ConfigError, match="another run is writing there now"), held(str(out)):
+        pass
+    other.kill()
+    other.wait()
+    with held(str(out)):
+        assert not list(out.iterdir())
