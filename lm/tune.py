@@ -79,7 +79,7 @@ class LoRA(Tune):
         try:
             with warnings.catch_warnings():
                 # of ranks that peft itself writes for the joined matrices of experts, and then does not find
-                warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+                warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not")
                 inject_adapter_in_model(config, trunk)
         except ValueError as error:
             names = {name.rpartition(".")[2] for name, m in trunk.named_modules() if is_linear(m)}
